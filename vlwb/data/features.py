@@ -21,7 +21,7 @@ from ..core import Batch, DataError, Problems, check_features, make_generator, w
 from .pairs import Fields, Pairs, _broken_text, _caption_list, open_image, to_rgb
 from .inputs import ImageTransform, make_loader
 
-# %% ../../nbs/14_data.features.ipynb #05cb8c67
+# %% ../../nbs/14_data.features.ipynb #05d51cba
 @dataclass(repr=False)
 class FeatureSet:
     "Features of images and captions in columns; `caption_image` says whose caption each is."
@@ -88,6 +88,10 @@ class FeatureSet:
         if self.image_features is None or self.text_features is None: raise ValueError(f'{self.source}: a batch needs image_features and text_features')
         index = torch.as_tensor(np.asarray(index, dtype=np.int64)); image = torch.from_numpy(self.caption_image)[index]
         return Batch(self.image_features[image], self.text_features[index], image, index)
+
+    def images_at(self, index)->Tensor: return self.image_features[torch.as_tensor(index)]   # (B,D) the images at these positions
+
+    def texts_at(self, index)->Tensor: return self.text_features[torch.as_tensor(index)]     # (B,D') the captions at these positions
 
 # %% ../../nbs/14_data.features.ipynb #0927726d
 _texts = ('image_ids', 'caption_ids', 'captions')
@@ -247,10 +251,17 @@ def _stream_image(item, name):
     if isinstance(item, np.ndarray): return to_rgb(Image.fromarray(item))
     raise DataError(f'{name}: the image is a {type(item).__name__}; bytes, a path or a PIL image are read')
 
-# %% ../../nbs/14_data.features.ipynb #22025c7e
+# %% ../../nbs/14_data.features.ipynb #2219c9df
 class PairStream(IterableDataset):
     "Pairs one by one from shards or from an iterable dataset; iterate it, or give it to `stream_batches`."
-    def __init__(self, rows, buffer, seed, epoch, on_error, fields):
+    def __init__(self,
+        rows:Callable, # (generator, problems) -> iterator of (place, row)
+        buffer:int, # pairs held for shuffling
+        seed:int, # of the shuffling
+        epoch:int, # of the shuffling; set `stream.epoch` before each pass
+        on_error:str, # 'raise' or 'skip'
+        fields:Fields, # names of columns or JSON fields
+    ):
         self.rows, self.buffer, self.seed, self.epoch, self.fields = rows, buffer, seed, epoch, fields
         self.problems = Problems(on_error)
 

@@ -153,10 +153,13 @@ class WordTokenizer:
         try: return cls(data['words'], data['max_length'])
         except (KeyError, TypeError, ValueError) as e: raise DataError(f'{path}: damaged ({e}); learn and save it again') from None
 
-# %% ../../nbs/13_data.inputs.ipynb #13f18ddb
+# %% ../../nbs/13_data.inputs.ipynb #1343671d
 class HubTokenizer:
     "A transformers tokeniser with the call of this package: captions in, int64 (B,T) tensors out."
-    def __init__(self, tokenizer, max_length:int=64):
+    def __init__(self,
+        tokenizer, # a transformers tokeniser
+        max_length:int=64, # tokens kept of a caption
+    ):
         if tokenizer.pad_token_id is None:
             if tokenizer.eos_token is None: raise ValueError(f'{type(tokenizer).__name__} has no padding token; set tokenizer.pad_token first')
             tokenizer.pad_token = tokenizer.eos_token
@@ -176,11 +179,15 @@ class HubTokenizer:
         "Token ids, padded to the longest caption."
         return dict(self.tokenizer(list(captions), padding=True, truncation=True, max_length=self.max_length, return_attention_mask=True, return_tensors='pt'))
 
-    def decode(self, ids)->str:
+    def decode(self,
+        ids, # (T,) token ids of one caption
+    )->str: # the text without special tokens
         "The text behind token ids."
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def save(self, path:str|Path)->Path:
+    def save(self,
+        path:str|Path, # a folder
+    )->Path: # the folder
         "Write a folder that `load_tokenizer` reads."
         self.tokenizer.save_pretrained(path); return Path(path)
 

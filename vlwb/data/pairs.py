@@ -50,7 +50,7 @@ def open_image(
     except _decode_errors as e:
         raise DataError(f'{name}: the image cannot be decoded ({e}); fetch it again or leave its row out') from None
 
-# %% ../../nbs/12_data.pairs.ipynb #102525a9
+# %% ../../nbs/12_data.pairs.ipynb #103ae3bc
 @dataclass(repr=False)
 class Pairs:
     "A set of images and captions in columns; `caption_image` says which caption was written for which image."
@@ -90,16 +90,22 @@ class Pairs:
         order = np.argsort(self.caption_image, kind='stable')
         return order, np.searchsorted(self.caption_image[order], np.arange(self.num_images + 1))
 
-    def positions_of(self, i:int)->np.ndarray: # (k,) int64
+    def positions_of(self,
+        i:int, # position of the image
+    )->np.ndarray: # (k,) int64
         "Positions of the captions of image `i`."
         order, start = self._grouped
         return order[start[i]:start[i+1]]
 
-    def captions_of(self, i:int)->list[str]: # the captions of image `i`, in their order
+    def captions_of(self,
+        i:int, # position of the image
+    )->list[str]: # its captions, in their order
         "The captions that were written for image `i`."
         return [self.captions[j] for j in self.positions_of(i)]
 
-    def load_image(self, i:int)->Image.Image: # RGB, upright
+    def load_image(self,
+        i:int, # position of the image
+    )->Image.Image: # RGB, upright
         "Decode image `i`. `DataError` with its id and file when that fails."
         if self.images is None: raise ValueError(f'{self.source}: these pairs were read without images; read them again with images=FOLDER')
         item = self.images[i]

@@ -6,7 +6,7 @@
 __all__ = ['Relevance', 'from_pairs', 'own_captions', 'union', 'beyond', 'read_eccv', 'Ratings', 'read_ratings', 'read_cxc',
            'verified_false_negatives', 'read_matches', 'from_scenes']
 
-# %% ../../nbs/16_data.relevance.ipynb #025a5ec8
+# %% ../../nbs/16_data.relevance.ipynb #02a027eb
 import importlib.util, json, math, re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -18,6 +18,7 @@ from scipy import sparse
 from torch import Tensor
 from ..core import DataError, Problems
 from .pairs import Pairs, json_rows, read_json, table_rows
+from .scenes import holds, support
 
 # %% ../../nbs/16_data.relevance.ipynb #0519e868
 @dataclass(repr=False)
@@ -350,14 +351,13 @@ def read_matches(
     return from_pairs([i for i, _ in settled], [c for _, c in settled], np.array(list(settled.values()), dtype=bool),
         rows=None if pairs is None else pairs.image_ids, columns=None if pairs is None else pairs.caption_ids, source=Path(path).name, problems=problems)
 
-# %% ../../nbs/16_data.relevance.ipynb #3795a20b
+# %% ../../nbs/16_data.relevance.ipynb #378724fd
 def from_scenes(
     scenes, # N scenes of vlwb.data.scenes
     captions, # M captions of vlwb.data.scenes
     graded:bool=False, # also keep the fraction of facts that hold, N x M numbers
 )->Relevance: # ids are the positions as text, as Pairs.from_arrays gives them
     "Exact relevance in the scenes world."
-    from vlwb.data.scenes import holds, support
     truth = holds(scenes, captions)
     n, m = truth.shape
     grades = None

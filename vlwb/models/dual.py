@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['DualEncoderConfig', 'DualOutput', 'DualEncoder', 'from_towers', 'from_clip']
 
-# %% ../../nbs/42_models.dual.ipynb #02b00215
+# %% ../../nbs/42_models.dual.ipynb #024f7d48
+import json, math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import NamedTuple
-import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from huggingface_hub import PyTorchModelHubMixin
+from ..core import DataError, write_atomic
 from .towers import TextConfig, Tower, VisionConfig, load_tower, text_tower, vision_tower
 
 # %% ../../nbs/42_models.dual.ipynb #05673e31
@@ -49,14 +50,13 @@ def _build_tower(spec:dict, side:str) -> tuple[nn.Module, int]:
 def _pooled(out):
     return out if isinstance(out, Tensor) else out.pooler_output
 
-# %% ../../nbs/42_models.dual.ipynb #07190ac9
-class DualEncoder(nn.Module, PyTorchModelHubMixin):
+# %% ../../nbs/42_models.dual.ipynb #0756b504
+class DualEncoder(nn.Module):
     "Two towers, two linear projections to a shared space and a learned `log_logit_scale`."
     def __init__(self,
         config:DualEncoderConfig=DualEncoderConfig(), # what to build
     ):
         super().__init__()
-        if isinstance(config, dict): config = DualEncoderConfig(**config)
         self.config = config
         if config.clip is not None:
             from transformers import AutoConfig, AutoModel
@@ -96,6 +96,33 @@ class DualEncoder(nn.Module, PyTorchModelHubMixin):
     def clamp_scale_(self)->None:
         "Keep the scale in (0, max_scale], in place: called after each step, as CLIP does."
         self.log_logit_scale.clamp_(max=math.log(self.config.max_scale))
+
+    def save_pretrained(self,
+        folder:str|Path, # made when missing
+    )->Path: # the folder, with config.json and model.safetensors
+        "Write the model in the Hugging Face form, each file in one step."
+        from safetensors.torch import save_model
+        folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+        save_model(self, str(folder/'.model.writing'))
+        (folder/'.model.writing').replace(folder/'model.safetensors')
+        write_atomic(folder/'config.json', json.dumps(asdict(self.config), indent=2))
+        return folder
+
+    @classmethod
+    def from_pretrained(cls,
+        folder_or_name:str|Path, # what `save_pretrained` wrote, here or on a hub
+    )->'DualEncoder': # in evaluation mode
+        "Build a saved model; every weight must be there. Pickles are never read."
+        from safetensors.torch import load_model
+        folder = Path(folder_or_name)
+        if not folder.is_dir():
+            from huggingface_hub import snapshot_download
+            folder = Path(snapshot_download(str(folder_or_name), allow_patterns=['config.json', 'model.safetensors']))
+        for name in ('config.json', 'model.safetensors'):
+            if not (folder/name).exists(): raise DataError(f'{folder} holds no DualEncoder: {name} is missing')
+        model = cls(DualEncoderConfig(**json.loads((folder/'config.json').read_text())))
+        load_model(model, str(folder/'model.safetensors'), strict=True)
+        return model.eval()
 
 # %% ../../nbs/42_models.dual.ipynb #144bf0f1
 def from_towers(

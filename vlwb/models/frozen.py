@@ -6,7 +6,7 @@
 __all__ = ['fingerprint', 'FrozenTextEncoder', 'FrozenImageEncoder', 'cached_features', 'have_pretrained', 'load_text_encoder',
            'load_image_encoder']
 
-# %% ../../nbs/44_models.frozen.ipynb #027ab3d1
+# %% ../../nbs/44_models.frozen.ipynb #02e8e042
 import hashlib, importlib, importlib.util, json, time, warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from ..core import DataError, cache_folder, check_features, write_atomic
 from ..data.inputs import HubTokenizer, ImageTransform
 from ..data.pairs import open_image, to_rgb

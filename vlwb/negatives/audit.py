@@ -6,7 +6,7 @@
 __all__ = ['Evidence', 'PairScores', 'score_pairs', 'cross_pairs', 'Suspects', 'find_suspects', 'own_scores', 'suspect_threshold',
            'count_at_least', 'suspects_per_batch', 'share_above', 'suspect_rows', 'write_suspects']
 
-# %% ../../nbs/31_negatives.audit.ipynb #02c7b935
+# %% ../../nbs/31_negatives.audit.ipynb #02a7513d
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from ..core import check_features, make_generator, write_atomic
 
-# %% ../../nbs/31_negatives.audit.ipynb #065afffe
+# %% ../../nbs/31_negatives.audit.ipynb #062a2855
 @dataclass
 class Evidence:
     "What the audit compares: N images, M captions, and one or both kinds of features."
@@ -30,7 +30,7 @@ class Evidence:
     text_weight:float=0.5 # weight of the text route when there are both, in (0,1)
 
     def __post_init__(self):
-        self.caption_image = np.asarray(self.caption_image, dtype=np.int64)
+        self.caption_image = np.array(self.caption_image, dtype=np.int64)
         if self.num_images is None: self.num_images = len(self.image_features) if self.image_features is not None else int(self.caption_image.max(initial=-1)) + 1
         _check(self)
         self.counts = np.bincount(self.caption_image[self.caption_image >= 0], minlength=self.num_images)   # (N,) own captions of each image
@@ -92,7 +92,7 @@ def _text_scores(e:Evidence, images:np.ndarray, captions:np.ndarray) -> tuple[Te
         top = torch.where(n > 0, total / n.clamp(min=1), -torch.inf)
     return top, closest
 
-# %% ../../nbs/31_negatives.audit.ipynb #10bdfc6d
+# %% ../../nbs/31_negatives.audit.ipynb #10bb8f2b
 def score_pairs(
     evidence:Evidence, # features
     image_index, # (P,) int: images
@@ -100,7 +100,7 @@ def score_pairs(
     chunk:int=4096, # pairs scored at a time
 )->PairScores: # scores and parts
     "The audit's score of chosen pairs. `ValueError` on an index out of range."
-    images, captions = np.asarray(image_index, dtype=np.int64), np.asarray(caption_index, dtype=np.int64)
+    images, captions = np.array(image_index, dtype=np.int64), np.array(caption_index, dtype=np.int64)
     if images.shape != captions.shape or images.ndim != 1: raise ValueError(f'image_index and caption_index must be (P,), got {images.shape} and {captions.shape}')
     for name, index, top in (('image_index', images, evidence.num_images), ('caption_index', captions, evidence.num_captions)):
         if len(index) and (index.min() < 0 or index.max() >= top): raise ValueError(f'{name} must lie in [0,{top}), got [{index.min()},{index.max()}]')

@@ -46,7 +46,7 @@ def rate_at(
     if step < warm: return (step + 1) / warm
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, config.steps - warm)))
 
-# %% ../../nbs/50_train.loop.ipynb #10bfbafc
+# %% ../../nbs/50_train.loop.ipynb #103bcc3d
 def make_optimizer(
     model:nn.Module, # what is trained
     config:TrainConfig, # rate and decay
@@ -55,7 +55,7 @@ def make_optimizer(
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in trained if p.ndim >= 2], weight_decay=config.weight_decay),
               dict(params=[p for p in trained if p.ndim < 2], weight_decay=0.)]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), eps=1e-6)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), eps=1e-6, foreach=True)
 
 # %% ../../nbs/50_train.loop.ipynb #132e76ad
 class Batches:

@@ -8,8 +8,8 @@ __all__ = ['INK', 'MUTED', 'FAINT', 'PAPER', 'DARK', 'SERIES', 'DASHES', 'POINTS
            'plot_weight_histogram', 'plot_training_curves', 'plot_topk', 'plot_image_grid', 'plot_metric_intervals',
            'plot_scatter', 'plot_detection', 'plot_threshold_curve']
 
-# %% ../../nbs/70_viz.plots.ipynb #02e4fe6e
-import functools, io, math, re, textwrap, unicodedata
+# %% ../../nbs/70_viz.plots.ipynb #02092bde
+import contextlib, functools, io, math, re, textwrap, unicodedata
 import matplotlib as mpl
 import numpy as np
 import seaborn as sns
@@ -35,11 +35,11 @@ KINDS = { # kind of pair -> (name in legends, colour, marker)
     'partial':         ('partial match', '#a8820c', 's'),
     'negatives':       ('plain negative', '#7a7f87', '.')}
 
-# %% ../../nbs/70_viz.plots.ipynb #10abeac8
+# %% ../../nbs/70_viz.plots.ipynb #107677f5
 class Picture(Figure):
     "A matplotlib Figure outside pyplot's books: it shows itself in a notebook and carries its alternative text in `alt`."
     alt = ''
-    def _repr_png_(self): return figure_png(self, dpi=75, palette=True)
+    def _repr_png_(self): return figure_png(self, dpi=72, palette=True)
 
 def _families():
     "Fonts for captions in any script: matplotlib's own first, then what the machine has for other scripts."
@@ -47,17 +47,22 @@ def _families():
     wanted = ('Noto Sans CJK JP', 'Noto Sans CJK SC', 'PingFang SC', 'Hiragino Sans', 'Microsoft YaHei', 'Noto Sans Arabic', 'Noto Sans Devanagari')
     return ['DejaVu Sans'] + [f for f in wanted if f in have]
 
+@contextlib.contextmanager
+def _look():
+    "This module's style, whatever the caller's rcParams are; they come back unchanged."
+    style = {'font.family': _families(), 'font.size': 9, 'text.color': INK, 'axes.labelcolor': INK, 'axes.edgecolor': MUTED, 'axes.titlecolor': INK,
+        'xtick.color': MUTED, 'ytick.color': MUTED, 'xtick.labelcolor': INK, 'ytick.labelcolor': INK, 'text.usetex': False, 'text.parse_math': False,
+        'axes.titlesize': 10, 'axes.titleweight': 'bold', 'axes.titlelocation': 'left', 'axes.labelsize': 9, 'legend.frameon': False, 'legend.fontsize': 8.5,
+        'figure.facecolor': PAPER, 'axes.facecolor': PAPER, 'hatch.color': MUTED, 'hatch.linewidth': .5}
+    with mpl.rc_context():
+        mpl.rcdefaults(); mpl.rcParams.update(style)
+        yield
+
 def _styled(draw):
-    "Run a plot function under this module's style, whatever the caller's rcParams are."
+    "Run a plot function under this module's style."
     @functools.wraps(draw)
     def inner(*args, **kwargs):
-        style = {'font.family': _families(), 'font.size': 9, 'text.color': INK, 'axes.labelcolor': INK, 'axes.edgecolor': MUTED, 'axes.titlecolor': INK,
-            'xtick.color': MUTED, 'ytick.color': MUTED, 'xtick.labelcolor': INK, 'ytick.labelcolor': INK, 'text.usetex': False, 'text.parse_math': False,
-            'axes.titlesize': 10, 'axes.titleweight': 'bold', 'axes.titlelocation': 'left', 'axes.labelsize': 9, 'legend.frameon': False, 'legend.fontsize': 8.5,
-            'figure.facecolor': PAPER, 'axes.facecolor': PAPER, 'hatch.color': MUTED, 'hatch.linewidth': .5, 'axes.unicode_minus': True}
-        with mpl.rc_context(): 
-            mpl.rcdefaults(); mpl.rcParams.update(style)
-            return draw(*args, **kwargs)
+        with _look(): return draw(*args, **kwargs)
     return inner
 
 # %% ../../nbs/70_viz.plots.ipynb #116936fa
@@ -84,7 +89,7 @@ def plot_message(
     fig.alt = message
     return fig
 
-# %% ../../nbs/70_viz.plots.ipynb #13bc86fb
+# %% ../../nbs/70_viz.plots.ipynb #13449884
 def _swap(figure):
     "Turn a figure dark in place; the result undoes it."
     done = []
@@ -111,17 +116,21 @@ def figure_png(
     "Draw `figure` as PNG for a light or a dark page; the figure itself is unchanged."
     if theme not in ('light', 'dark'): raise ValueError(f"theme must be 'light' or 'dark', got {theme!r}")
     if figure.canvas is None or not hasattr(figure.canvas, 'print_png'): FigureCanvasAgg(figure)
-    figure.draw_without_rendering()                     # ticks and legends exist only after a layout
-    undo = _swap(figure) if theme == 'dark' else (lambda: None)
-    try:
-        out = io.BytesIO()
-        figure.savefig(out, format='png', dpi=dpi or figure.dpi, facecolor=figure.get_facecolor(), metadata={'Software': None})
-    finally: undo()
+    out = io.BytesIO()
+    with _look() if isinstance(figure, Picture) else contextlib.nullcontext():
+        figure.draw_without_rendering()                 # ticks and legends exist only after a layout
+        undo = _swap(figure) if theme == 'dark' else (lambda: None)
+        try: figure.savefig(out, format='png', dpi=dpi or figure.dpi, facecolor=figure.get_facecolor(), metadata={'Software': None})
+        finally: undo()
     return _few_colours(out) if palette else out.getvalue()
 
 def _few_colours(png):
-    small = io.BytesIO()
-    Image.open(png).convert('RGB').quantize(256, dither=Image.Dither.NONE).save(small, 'PNG', optimize=True)
+    "Palette by coverage: rare colours (the end of a scale, a marker) stay what they are."
+    full, small = Image.open(png).convert('RGB'), io.BytesIO()
+    few = full.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    palette, paper = few.getpalette(), few.getpixel((0, 0))
+    palette[3*paper:3*paper+3] = full.getpixel((0, 0)); few.putpalette(palette)      # the page around it has exactly this colour
+    few.save(small, 'PNG', optimize=True)
     return small.getvalue()
 
 # %% ../../nbs/70_viz.plots.ipynb #171173e0
@@ -204,32 +213,37 @@ def _mark(ax, masks, f, cell, most=20000):
         handles.append(Line2D([], [], ls='', marker=marker, color=colour, ms=7, mec=MUTED, mew=.5, label=f'{name}: {len(rows):,}' + (f', 1 in {step} drawn' if step > 1 else '')))
     return handles
 
-# %% ../../nbs/70_viz.plots.ipynb #26abb747
-def _matrix(values, cmap, norm, masks, image_labels, text_labels, images, title, bar, empty='no value', extra=()):
-    "Heatmap of (N,M) with markers, labels or thumbnails and a colour bar; the figure and its axes."
+# %% ../../nbs/70_viz.plots.ipynb #265b4fb1
+def _matrix(values, cmap, norm, masks, image_labels, text_labels, images, title, bar_label, empty='no value', extra=()):
+    "Heatmap of (N,M) with markers, labels or thumbnails and a colour bar; the figure and the bar."
     N, M = values.shape
-    cell = min(.4, 6.4/max(N, M, 4)); label = max(N, M) <= 32
-    width, height = max(M*cell, 2.4) + 1.6 + (1.9 if label and image_labels is not None else .3), max(N*cell, 1.4) + 1.1 + (1.9 if label and text_labels is not None else .2)
+    cell = min(1.2 if N < 3 else .7, 6.4/max(N, M)); label = max(N, M) <= 32
+    wide, high = max(M*cell, .6), max(N*cell, .6); square = wide == M*cell and high == N*cell
+    width, height = wide + 1.8 + (images is not None)*1.3*cell + (1.9 if label and image_labels is not None else .3), high + 1.4 + (1.9 if label and text_labels is not None else .2)
     fig = _figure(width, height); ax = fig.add_subplot()
     shown, f = _blocks(values, 512)
-    sns.heatmap(shown, ax=ax, cmap=cmap, norm=norm, square=True, cbar=False, xticklabels=False, yticklabels=False, rasterized=True)
+    sns.heatmap(shown, ax=ax, cmap=cmap, norm=norm, vmin=norm.vmin, vmax=norm.vmax, square=square, cbar=False, xticklabels=False, yticklabels=False, rasterized=True)
     ax.patch.set(facecolor=FAINT, hatch='////', edgecolor=MUTED)
     handles = _mark(ax, masks, f, cell) + list(extra)
     missing = int(np.isnan(values).sum())
     if missing: handles.append(Patch(facecolor=FAINT, edgecolor=MUTED, hatch='////', label=f'{empty}: {missing:,}'))
-    bar_axes = fig.colorbar(ax.collections[0], ax=ax, shrink=min(1., 3.2/max(N*cell, 1.4)), aspect=22, pad=.02)
-    bar_axes.set_label(bar); bar_axes.outline.set_visible(False); bar_axes.ax.tick_params(labelsize=8.5, length=3)
-    _name_sides(ax, N, M, f, cell, image_labels if label else None, text_labels if label else None, images if N <= 40 else None)
-    ax.set_title(title)
+    tall = min(1., 3.2/high)                            # an inset keeps to the matrix, whatever its shape
+    bar = fig.colorbar(ax.collections[0], cax=ax.inset_axes((1+.12/wide, .5-tall/2, .14/wide, tall)))
+    bar.locator = mpl.ticker.MaxNLocator(max(2, int(tall*high*2.2))); bar.set_label(bar_label); bar.outline.set_visible(False); bar.ax.tick_params(labelsize=8.5, length=3)
+    ax.spines[:].set(visible=True, color=FAINT, linewidth=.8)
+    _name_sides(ax, N, M, f, cell, image_labels if label else None, text_labels if label else None, images if N <= 40 and square else None)
+    ax.set_title(wrap_text(title, int(wide/.085)+4, 3) if title else '')
     if handles: fig.legend(handles=handles, loc='outside lower left', ncols=1 if width < 6 else 2, handletextpad=.5)
-    _fit(fig)
-    return fig
+    return fig, bar
 
 def _fit(fig, pad=.1):
     "Cut a figure with square cells to what is drawn on it: how much room labels take is known only then."
-    fig.draw_without_rendering()
-    box = fig.get_tightbbox()
-    fig.set_size_inches(box.width + 2*pad, box.height + 2*pad)
+    for _ in range(2):                                  # each cut gives the layout a new balance
+        fig.draw_without_rendering()
+        drawn, legends = ([a.get_tightbbox().transformed(fig.dpi_scale_trans.inverted()) for a in artists] for artists in (fig.axes, fig.legends))
+        width = max(b.x1 for b in drawn) - min(b.x0 for b in drawn); height = max(b.y1 for b in drawn) - min(b.y0 for b in drawn)
+        fig.set_size_inches(max([width, *(b.width for b in legends)]) + 3*pad, height + sum(b.height + pad for b in legends) + 2*pad)
+    fig.draw_without_rendering(); fig.set_layout_engine('none')     # later drawings must not move anything
 
 def _name_sides(ax, N, M, f, cell, image_labels, text_labels, images):
     "Labels and thumbnails along a matrix, as far as they can be read."
@@ -239,15 +253,20 @@ def _name_sides(ax, N, M, f, cell, image_labels, text_labels, images):
         if len(labels) != n: raise ValueError(f'{side} holds {len(labels)} labels for {n} {"rows" if n == N else "columns"} of a {N}x{M} matrix')
         axis.set_ticks(np.arange(n)+.5, [clean_text(l, 30) for l in labels], fontsize=size, rotation=90 if axis is ax.xaxis else 0)
         axis.set_tick_params(length=0)
-    if images is not None:
-        for i, image in enumerate(images):
-            ax.imshow(square_image(image, 64), extent=(-1.05, -.13, i+.96, i+.04), clip_on=False, zorder=3)
-        ax.set(xlim=(0, M/f), ylim=(N/f, 0)); ax.tick_params(axis='y', pad=cell*72*1.1+2)
-    aside = cell*72*1.1+4 if images is not None and image_labels is None else 4
-    ax.set_ylabel(f'{N:,} image' + 's'*(N != 1), labelpad=aside); ax.set_xlabel(f'{M:,} caption' + 's'*(M != 1))
+    ax.set_ylabel(f'{N:,} image' + 's'*(N != 1)); ax.set_xlabel(f'{M:,} caption' + 's'*(M != 1))
+    if images is not None: _thumbs(ax, images, N, M, size)
     if f > 1: ax.set_xlabel(ax.get_xlabel() + f' (each cell the mean of {f} x {f})')
+def _thumbs(ax, images, N, M, size):
+    "Thumbnails to the left of a matrix of square cells, with the names of the rows beyond them."
+    if len(images) != N: raise ValueError(f'images holds {len(images)} pictures for {N} rows of a {N}x{M} matrix')
+    names = [t.get_text() for t in ax.get_yticklabels()]; ax.set_yticks([])
+    for i, image in enumerate(images):
+        ax.imshow(square_image(image, 64), extent=(-1.05, -.13, i+.96, i+.04), clip_on=False, zorder=3)
+        if names: ax.text(-1.2, i+.5, names[i], ha='right', va='center', fontsize=size)
+    if not names: ax.text(-1.2, N/2, ax.get_ylabel(), ha='right', va='center', rotation=90)
+    ax.set(xlim=(0, M), ylim=(N, 0), ylabel='')
 
-# %% ../../nbs/70_viz.plots.ipynb #275d86a9
+# %% ../../nbs/70_viz.plots.ipynb #27e97dc8
 def _masks(shape, **masks):
     return {k: _mask(v, k, shape) for k, v in masks.items()}
 
@@ -272,11 +291,12 @@ def plot_similarity(
     masks = _masks(values.shape, own=own, false_negatives=false_negatives, hard_negatives=hard_negatives)
     low, high = (np.nanmin(values), np.nanmax(values)) if np.isfinite(values).any() else (0., 1.)
     if high - low < 1e-6: low, high = low-.05, high+.05
-    fig = _matrix(values, 'cividis', Normalize(low, high), masks, image_labels, text_labels, images, title, 'similarity')
+    fig, _ = _matrix(values, 'cividis', Normalize(low, high), masks, image_labels, text_labels, images, title, 'similarity')
+    _fit(fig)
     fig.alt = f'Similarity matrix of {values.shape[0]} images and {values.shape[1]} captions, from {low:.2f} to {high:.2f}; {_counts(masks)}.'
     return fig
 
-# %% ../../nbs/70_viz.plots.ipynb #3341729b
+# %% ../../nbs/70_viz.plots.ipynb #339426d6
 @_styled
 def plot_weights(
     weights, # (N,M) weights of the negatives, 1 = untouched, 0 = removed
@@ -299,8 +319,8 @@ def plot_weights(
     cmap = mpl.colormaps['PuOr_r'].with_extremes(under='#000001')
     removed = values == 0; values[removed] = reach**-2      # no logarithm reaches 0: below the scale, in its own colour
     gone = [Patch(facecolor='#000001', edgecolor=MUTED, label=f'removed (weight 0): {int(removed.sum()):,}')] if removed.any() else []
-    fig = _matrix(values, cmap, LogNorm(1/reach, reach), masks, image_labels, text_labels, images, title, 'weight (log scale)', 'positives or no value', gone)
-    _ratio_ticks(fig.axes[-1].yaxis, reach)
+    fig, bar = _matrix(values, cmap, LogNorm(1/reach, reach), masks, image_labels, text_labels, images, title, 'weight (log scale)', 'positives or no value', gone)
+    _ratio_ticks(bar.ax.yaxis, reach); _fit(fig)
     spread = f'from {live.min():.2g} to {live.max():.2g}' if live.size else 'all removed'
     fig.alt = f'Matrix of {values.shape[0]} x {values.shape[1]} weights, {spread}; {_counts(masks)}.'
     return fig
@@ -312,7 +332,7 @@ def _ratio_ticks(axis, reach):
     ticks = [1/n for n in reversed(up)] + [1] + up
     axis.set_ticks(ticks, [f'1/{1/t:g}' if t < 1 else f'{t:g}' for t in ticks]); axis.set_ticks([], minor=True)
 
-# %% ../../nbs/70_viz.plots.ipynb #377cda1e
+# %% ../../nbs/70_viz.plots.ipynb #37d73e93
 def _split(values, own, false_negatives, hard_negatives, partial):
     "Values of each kind of negative; a pair counts once, as the first kind that claims it."
     masks = _masks(values.shape, own=own, false_negatives=false_negatives, hard_negatives=hard_negatives, partial=partial)
@@ -329,7 +349,7 @@ def _draw_group(ax, values, kind, name, log, low, high):
     if len(values) < 8: sns.rugplot(x=values, ax=ax, color=colour, height=.12, linewidth=2)
     else:
         limits = (math.log10(low), math.log10(high)) if log else (low, high)
-        sns.histplot(x=values, ax=ax, bins=44, binrange=limits, log_scale=log or None, stat='probability', element='step', color=colour, alpha=.16, linewidth=1.6)
+        sns.histplot(x=values, ax=ax, bins=int(np.clip(2.5*len(values)**.5, 8, 44)), binrange=limits, log_scale=log or None, stat='density', element='step', color=colour, alpha=.16, linewidth=1.6)
     middle = float(np.median(values))
     dash = DASHES[1:][list(KINDS).index(kind) % 4]
     ax.axvline(middle, color=colour, linewidth=1.4, linestyle=dash)
@@ -368,7 +388,7 @@ def _finish_split(fig, ax, handles, dropped, log, label, auroc, title):
         ax.set_xscale('log'); ax.axvline(1, color=MUTED, linewidth=.8)
         ax.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5), numticks=12)); ax.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
         ax.xaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda v, _: f'{v:g}'))
-    ax.set_xlabel(label + (' (log scale)' if log else '')); ax.set_ylabel('share of each kind'); ax.set_title(title)
+    ax.set_xlabel(label + (' (log scale)' if log else '')); ax.set_ylabel('density of each kind' + (' per decade' if log else '')); ax.set_title(title)
     gone = ', '.join(f'{n:,} {KINDS[k][0].split(" (")[0]}s' for k, n in dropped.items() if n)
     if gone: handles = handles + [Line2D([], [], ls='', label=f'not on this axis ({"0 or no value" if log else "no value"}): {gone}')]
     if auroc is not None: handles = handles + [Line2D([], [], ls='', label=f'AUROC, false negatives against the rest: {auroc:.3f}')]

@@ -72,7 +72,7 @@ def _table_view(table):
     numeric = [all(row[i][1] for row in cells) for i in range(len(columns))]
     return dict(title=clean_text(table.title), note=clean_text(table.note), columns=list(zip(map(clean_text, columns), numeric)), rows=[[c[0] for c in row] for row in cells], numeric=numeric)
 
-# %% ../../nbs/72_viz.report.ipynb #13fe8b1e
+# %% ../../nbs/72_viz.report.ipynb #1364b6e0
 def _data(kind, data): return f'data:image/{kind};base64,' + base64.b64encode(data).decode('ascii')
 
 def thumbnail(
@@ -84,7 +84,7 @@ def thumbnail(
     out = io.BytesIO(); small.save(out, 'JPEG', quality=82, optimize=True)
     return _data('jpeg', out.getvalue()), small.width, small.height
 
-def _plate_view(plate, dpi=132):
+def _plate_view(plate):
     "A plate as the template wants it. `ValueError` without an alternative text."
     alt = plate.alt or getattr(plate.figure, 'alt', '')
     if not alt: raise ValueError(f'the figure {plate.title!r} has no alternative text: pass Plate(..., alt=...)')
@@ -92,7 +92,7 @@ def _plate_view(plate, dpi=132):
         light = dark = plate.figure; width = Image.open(io.BytesIO(light)).width
     else:
         photos = any(ax.images for ax in plate.figure.axes)
-        light, dark = (figure_png(plate.figure, theme, dpi, palette=not photos) for theme in ('light', 'dark'))
+        light, dark = (figure_png(plate.figure, theme, 110 if photos else 132, palette=not photos) for theme in ('light', 'dark'))
         width = round(plate.figure.get_figwidth()*96)
     return dict(title=clean_text(plate.title), note=clean_text(plate.note), alt=clean_text(alt), width=width, light=_data('png', light), dark=None if dark is light else _data('png', dark))
 
