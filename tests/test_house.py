@@ -114,7 +114,7 @@ def test_importing_a_loss_loads_no_heavy_package():
 
 def readme_commands():
     "The two set-up commands: the lines of README.md's blocks that make the virtual environment."
-    return re.findall(r'^python3 -m venv \.venv && .+$', (ROOT/'README.md').read_text(), re.M)
+    return re.findall(r'^ *(python3 -m venv \.venv && .+)$', (ROOT/'README.md').read_text(), re.M)
 
 
 def test_ci_runs_the_readme_line():

@@ -126,7 +126,7 @@ def _python(
     if done.returncode: raise RuntimeError(f'a benchmark process failed: {done.stderr.strip().splitlines()[-1:]}')
     return done.stdout
 
-# %% ../nbs/80_bench.ipynb #21b0f5e5
+# %% ../nbs/80_bench.ipynb #21be57c1
 def retrieval_inputs(
     images:int, # N
     each:int, # captions an image
@@ -152,7 +152,7 @@ def recall_by_sorting(
     for i, row in enumerate(scores):
         order = np.argsort(row)[::-1]
         ranks['i2t'][i] = min(np.where(order == c)[0][0] for c in captions[i])
-    for j, row in enumerate(scores.T):
+    for j, row in enumerate(np.ascontiguousarray(scores.T)):
         order = np.argsort(row)[::-1]
         ranks['t2i'][j] = np.where(order == caption_image[j])[0][0]
     return {f'{side} R@{k}': float(100 * (r < k).mean()) for side, r in ranks.items() for k in ks}

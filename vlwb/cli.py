@@ -69,7 +69,7 @@ Vision = Annotated[Optional[str], typer.Option(help='Vision tower, a folder or h
 Text = Annotated[Optional[str], typer.Option(help='Text tower, a folder or hub name (--kind towers), or another frozen encoder.')]
 Clip = Annotated[Optional[str], typer.Option(help='CLIP-like model, a folder or hub name.')]
 
-# %% ../nbs/85_cli.ipynb #11d1fe21
+# %% ../nbs/85_cli.ipynb #113da1fb
 @app.command(epilog='Examples:  vlwb audit captions.jsonl --out audit   |   vlwb audit dataset_coco.json --images coco --split val --out audit   |   vlwb audit features.npz --out audit')
 def audit(
     pairs:Source,
@@ -91,9 +91,9 @@ def audit(
     if s['expected_in_a_batch']:
         print_table([{'batch': e['batch'], 'suspects expected': round(e['suspects'], 1), 'per image': round(e['per_anchor'], 3)} for e in s['expected_in_a_batch']], f"{s['images']:,} images, {s['captions']:,} captions; a suspect scores at least {s['threshold']:.3f}")
     typer.echo(f"{s['suspects_listed']} suspects in {out/'suspects.jsonl'}, with pictures in {out/'audit.html'}.")
-    typer.echo(f"Next: give lines a \"verdict\" (\"match\" or \"no match\"), then  vlwb train {pairs} --known {out/'suspects.jsonl'}")
+    typer.echo(f"Next: review the list (delete lines, or give them \"verdict\": \"no match\"), then  vlwb train {pairs} --known {out/'suspects.jsonl'}")
 
-# %% ../nbs/85_cli.ipynb #13ee6d3f
+# %% ../nbs/85_cli.ipynb #133358b2
 @app.command(epilog='Examples:  vlwb train captions.jsonl --images photos --out run --loss srcl --aux-steps 200   |   vlwb train features.npz --out run')
 def train(
     pairs:Source,
@@ -102,7 +102,7 @@ def train(
     images:Images=None, format:Format='auto', split:Split=None,
     kind:Kind='frozen', vision:Vision=None, text:Text=None, clip:Clip=None,
     clean:Annotated[Optional[Path], typer.Option(help="H's clean set, in any form that PAIRS may have; PAIRS itself when left out.")]=None,
-    known:Annotated[Optional[Path], typer.Option(help="Confirmed matches (JSON lines), the audit's list after review: they become positives.")]=None,
+    known:Annotated[Optional[Path], typer.Option(help="Confirmed matches (JSON lines) or the audit's list, reviewed or not: they become positives.")]=None,
     steps:Annotated[int, typer.Option(min=1, help='Updates, those of H included.')]=1000,
     aux_steps:Annotated[int, typer.Option(min=0, help='Updates of H (srcl, removal); 0: the model weighs its own negatives from the start.')]=0,
     batch_size:Annotated[int, typer.Option(min=1, help='Pairs in a batch.')]=128,

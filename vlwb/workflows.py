@@ -109,7 +109,7 @@ def make_model(
     else: specs = tuple(dict(features=f.shape[1], hidden=c.hidden) for f in (dataset.image_features, dataset.text_features))
     return DualEncoder(DualEncoderConfig(*specs, projection_dim=c.projection_dim, logit_scale=c.logit_scale))
 
-# %% ../nbs/83_workflows.ipynb #09635625
+# %% ../nbs/83_workflows.ipynb #097319dd
 def train_pairs(
     source:str|Path, # pairs or features
     out:str|Path, # the run's folder
@@ -132,7 +132,7 @@ def train_pairs(
     if isinstance(data, FeatureSet): dataset = data.normalised()
     batches = lambda d: Batches(d, min(batch_size, len(np.unique(d.caption_image))), seed=recipe.train.seed)
     other = None if clean is None else as_dataset(read_set(clean, images, on_error=on_error), config, getattr(dataset, 'tokenizer', None))
-    matches = None if known is None else read_matches(known, data if isinstance(data, Pairs) else data.pairs(), on_error=on_error)
+    matches = None if known is None else read_matches(known, data if isinstance(data, Pairs) else data.pairs(), True, on_error)
     trained = run_recipe(lambda: make_model(dataset, config), batches(dataset), recipe, None if other is None else batches(other),
                          known=matches, folder=out, progress=progress, tensorboard=tensorboard)
     trained.model.save_pretrained(out)
@@ -140,7 +140,7 @@ def train_pairs(
     write_atomic(Path(out)/'vlwb.json', json.dumps(dict(inputs=asdict(config), recipe=asdict(recipe), set=str(Path(source).name)), indent=2))
     return trained
 
-# %% ../nbs/83_workflows.ipynb #1145f51d
+# %% ../nbs/83_workflows.ipynb #11b384b3
 def load_model(
     folder:str|Path, # written by `train_pairs`
 )->tuple[DualEncoder,InputConfig,object]: # model, how it sees data, its tokeniser where it has one
@@ -160,7 +160,7 @@ def read_relevance(
     path = Path(name)
     if path.is_dir(): return read_eccv(path, pairs)
     if path.suffix in ('.tsv', '.csv'): return read_cxc(path, pairs)
-    return read_matches(path, pairs)
+    return read_matches(path, pairs, True)
 
 # %% ../nbs/83_workflows.ipynb #12e18a65
 def eval_pairs(
@@ -210,7 +210,7 @@ def audit_evidence(
     if text is None and image is None: raise ValueError('the audit needs a text encoder, a dual encoder or features')
     return Evidence(data.caption_image, text, image, caption, num_images=data.num_images, pool=pool, text_weight=text_weight)
 
-# %% ../nbs/83_workflows.ipynb #15b244c9
+# %% ../nbs/83_workflows.ipynb #15fb0942
 def audit_pairs(
     source:str|Path, # pairs or features
     out:str|Path, # folder for suspects.jsonl, audit.html and summary.json
@@ -231,7 +231,7 @@ def audit_pairs(
     data = read_set(source, images, format, split, on_error)
     evidence = audit_evidence(data, text_encoder, model, clip, pool, text_weight)
     pairs = data if isinstance(data, Pairs) else data.pairs()
-    already = None if known is None else read_matches(known, pairs, on_error=on_error).matches
+    already = None if known is None else read_matches(known, pairs, True, on_error).matches
     captions = pairs.captions or [''] * len(pairs.caption_image)
     rows = suspect_rows(find_suspects(evidence, count, known=already), captions, pairs.image_ids, pairs.caption_ids, pool=pool)
     write_suspects(Path(out)/'suspects.jsonl', rows)
@@ -252,4 +252,4 @@ def _audit_page(out, rows, pairs, summary, attribution):
     write_audit(out, rows, load_image=load, captions_of=own, attribution=attribution, headline=[('images', summary['images']), ('captions', summary['captions']), ('suspects listed', len(rows))],
                 summary='Captions that may be true of images they were not written for. Each is scored by what the image\'s own captions say, by a dual encoder, or by both.',
                 tables=[Table('How many would a batch meet?', table, note, digits=4)] if table else [], limit=100,
-                next_step='Give each line of suspects.jsonl a "verdict" ("match" or "no match"), then pass the file on: vlwb train ... --known suspects.jsonl')
+                next_step='Go through suspects.jsonl: delete lines, or give them "verdict": "no match". What is left counts as known positives: vlwb train ... --known suspects.jsonl')

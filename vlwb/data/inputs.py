@@ -349,7 +349,7 @@ class TensorSet:
         image = torch.from_numpy(self.caption_image)[index]
         return Batch(self.images_at(image), self.texts_at(index), image, index)
 
-# %% ../../nbs/13_data.inputs.ipynb #29a37143
+# %% ../../nbs/13_data.inputs.ipynb #29dbe640
 class _Epoch:
     "A dataset at one epoch, for the DataLoader."
     def __init__(self, dataset, epoch): self.dataset, self.epoch = dataset, epoch
@@ -374,4 +374,5 @@ def make_loader(
 )->DataLoader: # of vlwb.core.Batch, one epoch
     "One epoch of batches in an order that seed and epoch decide."
     order = epoch_order(dataset.caption_image, batch_size, seed, epoch, shuffle, one_caption_per_image, drop_last)
-    return DataLoader(_Epoch(dataset, epoch), batch_sampler=order[start:], collate_fn=as_is, num_workers=workers)
+    return DataLoader(_Epoch(dataset, epoch), batch_sampler=order[start:], collate_fn=as_is, num_workers=workers,
+                      generator=make_generator(seed))             # its own: the global state must not depend on how often a run was resumed

@@ -1,0 +1,86 @@
+"The command line and README as a user meets them."
+import json, os, re, subprocess, sys
+from pathlib import Path
+import pytest
+from PIL import Image
+from vlwb.data.scenes import SceneConfig, make_captions, make_scenes, render
+
+ROOT = Path(__file__).resolve().parent.parent
+VLWB = str(Path(sys.executable).with_name('vlwb'))
+
+
+def vlwb(*arguments, cwd=None, code=0):
+    done = subprocess.run([VLWB if Path(VLWB).exists() else sys.executable, *([] if Path(VLWB).exists() else ['-c', 'from vlwb.cli import main; main()']), *map(str, arguments)],
+                          capture_output=True, text=True, cwd=cwd, timeout=300, env=os.environ | dict(TERM='dumb', COLUMNS='120', NO_COLOR='1', OMP_NUM_THREADS='1'))
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+    "A folder of pictures and a captions file, as somebody would have it."
+    folder = tmp_path_factory.mktemp('photos')
+    scenes = make_scenes(24, seed=1, config=SceneConfig(max_objects=2))
+    captions = make_captions(scenes, per_scene=2, seed=1)
+    for i, picture in enumerate(render(scenes, 48)): Image.fromarray(picture).save(folder/f'{i}.png')
+    rows = [dict(image=f'{i}.png', captions=[t for t, s in zip(captions.text, captions.scene) if s == i]) for i in range(24)]
+    (folder/'captions.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    return folder
+
+
+def test_readme_script_runs():
+    code = re.search(r'```python\n(.*?)```', (ROOT/'README.md').read_text(), re.S)[1]
+    assert len(code.splitlines()) <= 16
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, timeout=120).stdout
+    assert 'tensor' in out
+
+
+def test_readme_names_every_notebook():
+    text = (ROOT/'README.md').read_text()
+    missing = [p.stem for p in (ROOT/'nbs').glob('*.ipynb') if f'`{p.stem}`' not in text]
+    assert not missing
+    for picture in re.findall(r'!\[[^\]]+\]\(([^)]+)\)', text): assert (ROOT/picture).exists()
+
+
+def test_demo_in_miniature(tmp_path):
+    out = vlwb('demo', '--quick', '--out', tmp_path/'report')
+    assert 'mAP@R' in out and 'nbs/90_srcl_in_scenes.ipynb' in out
+    assert (ROOT/'nbs'/'90_srcl_in_scenes.ipynb').exists()
+    metrics = json.loads((tmp_path/'report'/'metrics.json').read_text())
+    assert set(metrics['runs']) == {'InfoNCE', 'SRCL'} and 'data:image/png' in (tmp_path/'report'/'report.html').read_text()
+
+
+def test_train_eval_audit_on_a_folder(photos, tmp_path):
+    run = tmp_path/'run'
+    vlwb('train', photos/'captions.jsonl', '--kind', 'tiny', '--steps', 8, '--aux-steps', 3, '--loss', 'srcl', '--similarity-temperature', .3, '--batch-size', 12, '--out', run, '--device', 'cpu')
+    judged = json.loads(vlwb('eval', run, photos/'captions.jsonl', '--json').splitlines()[-1])
+    assert judged['images'] == 24 and judged['captions'] == 48
+    audit = tmp_path/'audit'
+    vlwb('audit', photos/'captions.jsonl', '--text-encoder', 'none', '--model', run, '--count', 15, '--out', audit)
+    rows = [json.loads(line) for line in (audit/'suspects.jsonl').read_text().splitlines()]
+    assert len(rows) == 15 and {'image_id', 'caption_id', 'caption', 'caption_image_id', 'score', 'why'} <= set(rows[0])
+    more = json.loads(vlwb('eval', run, photos/'captions.jsonl', '--relevance', audit/'suspects.jsonl', '--json').splitlines()[-1])
+    assert more['further matches'] == 15                                            # unedited: every suspect counts
+    edited = [r | dict(verdict='no match') if i < 5 else r for i, r in enumerate(rows)]
+    (audit/'suspects.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in edited))
+    more = json.loads(vlwb('eval', run, photos/'captions.jsonl', '--relevance', audit/'suspects.jsonl', '--json').splitlines()[-1])
+    assert more['further matches'] == 10
+    vlwb('train', photos/'captions.jsonl', '--kind', 'tiny', '--steps', 3, '--batch-size', 12, '--known', audit/'suspects.jsonl', '--out', tmp_path/'known', '--device', 'cpu')
+
+
+def test_bad_input_gets_one_line(photos, tmp_path):
+    (tmp_path/'bad.jsonl').write_text('{"image": "../../etc/passwd", "caption": "x"}\n')
+    said = vlwb('train', tmp_path/'bad.jsonl', '--kind', 'tiny', code=2)
+    assert 'bad.jsonl' in said and 'Traceback' not in said and len(said.strip().splitlines()) == 1
+    assert 'no benchmark' in vlwb('bench', 'nonsense', code=2)
+    rows = (photos/'captions.jsonl').read_text() + '{"image": "absent.png", "caption": "nothing"}\n'
+    (photos/'with_gap.jsonl').write_text(rows)
+    assert 'absent.png' in vlwb('train', photos/'with_gap.jsonl', '--kind', 'tiny', code=2)
+    vlwb('train', photos/'with_gap.jsonl', '--kind', 'tiny', '--skip-bad', '--steps', 2, '--batch-size', 12, '--out', tmp_path/'skipped', '--device', 'cpu')
+
+
+def test_help_is_quick_and_teaches():
+    assert 'Example' in vlwb('audit', '--help')
+    code = 'import sys, vlwb.cli; print(*sorted({m.split(".")[0] for m in sys.modules}))'
+    loaded = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {'torch', 'transformers', 'matplotlib', 'sklearn'} & set(loaded)
