@@ -6,14 +6,14 @@
 __all__ = ['quick_demo', 'TITLES', 'NEXT', 'DemoConfig', 'run_demo', 'measure_table', 'BatchView', 'batch_view', 'topk_view',
            'demo_plates', 'demo']
 
-# %% ../nbs/81_demo.ipynb #02598133
+# %% ../nbs/81_demo.ipynb #024b8314
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .core import same_ids
 from .data.world import render
 from .eval.semantics import detection
@@ -154,7 +154,7 @@ def demo_plates(
         Plate(plot_topk(both[0][0], both[0][1], both[0][2]), 'A caption asks for scenes', 'The five best scenes of either model. A tick is a true match, labelled or not.'),
         Plate(plot_topk(both[1][0], both[1][1], both[1][2]), 'A scene asks for captions', 'The five best captions of either model.')]
 
-# %% ../nbs/81_demo.ipynb #121b30bc
+# %% ../nbs/81_demo.ipynb #12cef08a
 NEXT = 'nbs/90_srcl_in_scenes.ipynb'
 
 def demo(
@@ -171,7 +171,7 @@ def demo(
                 f'{config.aux_steps} of SRCL\'s spent on H; temperature learned; similarity temperature {config.similarity_temperature:g}; {config.seeds} paired seeds.')
     path = write_report(folder, 'InfoNCE and SRCL in a world where every match is known', headline=[(r['measure (percent)'], r['SRCL'], f"InfoNCE {r['InfoNCE']}") for r in rows[:4]],
         summary=['Two dual encoders were trained on the same scenes, with the same seeds and the same number of updates. Every caption is checked against every scene, so both the labelled matches and the unlabelled ones are known.', settings],
-        tables=[Table('Judged on held-out scenes', rows, 'Mean over seeds; in brackets the difference of each pair. Strict R@1 counts the labelled match only: a model that ranks another true match first loses there.', digits=4)],
+        tables=[Table('Judged on held-out scenes', rows, 'Mean over seeds; in brackets the difference of each pair. Strict R@1 counts the labelled match only: a model that ranks another true match first loses there.')],
         figures=plates, notes=['This page shows the workbench. One setting of each loss and a few seeds do not decide which loss is better: the experiment notebooks sweep temperatures, add oracles and give intervals.'],
         next_step=f'Open {NEXT} in JupyterLab: the same comparison with its controls.',
         metrics=dict(table=rows, seconds=round(time.perf_counter() - start, 1), share=config.share, steps=config.steps, aux_steps=config.aux_steps,

@@ -6,7 +6,7 @@
 __all__ = ['MEASURES', 'WorldSpec', 'Judged', 'World', 'get_backbone', 'joined', 'build_world', 'judge_features', 'judge',
            'RunSpec', 'aux_view', 'train_run', 'run', 'run_all', 'paired_interval', 'gap_recovered']
 
-# %% ../../nbs/65_eval.study.ipynb #0269aca9
+# %% ../../nbs/65_eval.study.ipynb #02b02a7f
 import json, os, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from ..core import cache_folder, config_hash, write_atomic
 from ..data.inputs import TensorSet, WordTokenizer
 from ..data.scenes import Captions, fits_one, holds, make_captions, support
