@@ -6,8 +6,9 @@
 __all__ = ['make_generator', 'seed_everything', 'pick_device', 'same_ids', 'Batch', 'check_features', 'DataError', 'Problems',
            'inside', 'write_atomic', 'data_folder', 'cache_folder', 'full_run', 'config_hash']
 
-# %% ../nbs/00_core.ipynb #02332b26
+# %% ../nbs/00_core.ipynb #028cb818
 import hashlib, json, os, random, tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 import numpy as np
@@ -50,7 +51,7 @@ def same_ids(
     if isinstance(row_ids, Tensor) and isinstance(columns, Tensor): return row_ids[:,None] == columns[None,:]
     return torch.from_numpy(np.asarray(row_ids)[:,None] == np.asarray(columns)[None,:])
 
-# %% ../nbs/00_core.ipynb #1873c972
+# %% ../nbs/00_core.ipynb #1880a062
 @dataclass
 class Batch:
     "What one training step sees: B pairs of an image and a caption, and the ids that say which belong together."
@@ -67,7 +68,7 @@ class Batch:
     )->'Batch': # the same batch there
         "Move every tensor to `device`."
         move = lambda t: t.to(device, non_blocking=non_blocking)
-        texts = {k: move(v) for k, v in self.texts.items()} if isinstance(self.texts, dict) else move(self.texts)
+        texts = {k: move(v) for k, v in self.texts.items()} if isinstance(self.texts, Mapping) else move(self.texts)
         return Batch(move(self.images), texts, move(self.image_ids), move(self.index))
 
 # %% ../nbs/00_core.ipynb #22b25876

@@ -21,7 +21,7 @@ from PIL import Image
 from ..core import Batch, DataError, make_generator, write_atomic
 from .pairs import Pairs, read_json
 
-# %% ../../nbs/13_data.inputs.ipynb #05ea89e4
+# %% ../../nbs/13_data.inputs.ipynb #05b87563
 @dataclass(frozen=True)
 class ImageTransform:
     "Resize, crop, scale, normalise: PIL image -> (3,size,size), or uint8 (B,H,W,3) -> (B,3,size,size)."
@@ -31,6 +31,7 @@ class ImageTransform:
     train:bool=False # random crop instead of the centre; needs a generator
     scale:float=0.6 # least share of the area that a random crop keeps, in (0,1]
     flip:bool=False # mirror half of the images in training; wrong for captions that say left or right
+    squash:bool=False # outside training: the whole image at the wrong proportions instead of a centre crop, as SigLIP does
 
     def __post_init__(self):
         if self.size < 1 or not 0 < self.scale <= 1: raise ValueError(f'size must be positive and scale in (0,1], got {self.size} and {self.scale}')
@@ -47,11 +48,14 @@ class ImageTransform:
         width, height = image.size
         side = min(width, height)
         left, top, mirror = (width - side)/2, (height - side)/2, False
+        box = (left, top, left + side, top + side)
+        if self.squash: box = (0, 0, width, height)
         if self.train:
             share, x, y, m = _four(generator, 1)[0].tolist()
             side *= math.sqrt(self.scale + (1 - self.scale)*share)
             left, top, mirror = x*(width - side), y*(height - side), self.flip and m < .5
-        image = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+            box = (left, top, left + side, top + side)
+        image = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
         pixels = torch.from_numpy(np.array(image)).permute(2,0,1)
         return self._normalise((pixels.flip(2) if mirror else pixels).float()/255)
 
@@ -64,7 +68,7 @@ class ImageTransform:
         x = images.permute(0,3,1,2).float().div_(255)
         if self.train: x = self._crop(x, _four(generator, len(x)))
         elif x.shape[2:] != (self.size, self.size):
-            height, width = (max(self.size, round(n*self.size/min(x.shape[2:]))) for n in x.shape[2:])
+            height, width = (self.size if self.squash else max(self.size, round(n*self.size/min(x.shape[2:]))) for n in x.shape[2:])
             x = F.interpolate(x, (height, width), mode='bicubic', antialias=True, align_corners=False).clamp_(0, 1)
             top, left = (height - self.size)//2, (width - self.size)//2
             x = x[:,:,top:top+self.size,left:left+self.size]
@@ -153,17 +157,18 @@ class WordTokenizer:
         try: return cls(data['words'], data['max_length'])
         except (KeyError, TypeError, ValueError) as e: raise DataError(f'{path}: damaged ({e}); learn and save it again') from None
 
-# %% ../../nbs/13_data.inputs.ipynb #1343671d
+# %% ../../nbs/13_data.inputs.ipynb #135153a6
 class HubTokenizer:
     "A transformers tokeniser with the call of this package: captions in, int64 (B,T) tensors out."
     def __init__(self,
         tokenizer, # a transformers tokeniser
         max_length:int=64, # tokens kept of a caption
+        full_length:bool=False, # pad every caption to max_length and give no mask: SigLIP's way, which reads the last place
     ):
         if tokenizer.pad_token_id is None:
             if tokenizer.eos_token is None: raise ValueError(f'{type(tokenizer).__name__} has no padding token; set tokenizer.pad_token first')
             tokenizer.pad_token = tokenizer.eos_token
-        self.tokenizer, self.max_length = tokenizer, max_length
+        self.tokenizer, self.max_length, self.full_length = tokenizer, max_length, full_length
 
     @property
     def vocab_size(self)->int: return len(self.tokenizer)
@@ -177,6 +182,7 @@ class HubTokenizer:
         captions:list[str], # B captions
     )->dict[str,Tensor]: # input_ids, attention_mask and what else the tokeniser gives, int64 (B,T)
         "Token ids, padded to the longest caption."
+        if self.full_length: return dict(input_ids=self.tokenizer(list(captions), padding='max_length', truncation=True, max_length=self.max_length, return_tensors='pt')['input_ids'])
         return dict(self.tokenizer(list(captions), padding=True, truncation=True, max_length=self.max_length, return_attention_mask=True, return_tensors='pt'))
 
     def decode(self,
@@ -189,7 +195,9 @@ class HubTokenizer:
         path:str|Path, # a folder
     )->Path: # the folder
         "Write a folder that `load_tokenizer` reads."
-        self.tokenizer.save_pretrained(path); return Path(path)
+        self.tokenizer.save_pretrained(path)
+        write_atomic(Path(path)/'vlwb_tokenizer.json', json.dumps(dict(max_length=self.max_length, full_length=self.full_length)))
+        return Path(path)
 
 def load_tokenizer(
     source:str|Path, # word_tokenizer.json or its folder; vocab.txt; a tokeniser folder; a hub name
@@ -205,7 +213,8 @@ def load_tokenizer(
     if path.is_dir() and not files & {'tokenizer.json', 'tokenizer_config.json', 'vocab.json', 'vocab.txt', 'spiece.model', 'tokenizer.model'}:
         raise DataError(f'{path}: no tokeniser in this folder; it needs tokenizer.json, vocab.txt or word_tokenizer.json')
     from transformers import AutoTokenizer
-    try: return HubTokenizer(AutoTokenizer.from_pretrained(str(source), local_files_only=path.is_dir()), max_length)
+    kept = json.loads((path/'vlwb_tokenizer.json').read_text()) if 'vlwb_tokenizer.json' in files else dict(max_length=max_length)
+    try: return HubTokenizer(AutoTokenizer.from_pretrained(str(source), local_files_only=path.is_dir()), **kept)
     except (OSError, ValueError) as e: raise DataError(f'{source}: no tokeniser could be loaded ({str(e).splitlines()[0]}); give a folder that save_pretrained wrote') from e
 
 def _wordpiece(path, lower):
@@ -254,7 +263,7 @@ def _distinct_batches(order, image, batch_size):
         batches += list(rest[:full].reshape(-1, batch_size)); tail = rest[full:]
     return batches + [tail] if len(tail) else batches
 
-# %% ../../nbs/13_data.inputs.ipynb #21662e1c
+# %% ../../nbs/13_data.inputs.ipynb #216b248a
 class PairDataset:
     "Pairs as batches of tensors; a map dataset for torch's DataLoader, or used directly with `batch`."
     def __init__(self,
@@ -268,9 +277,9 @@ class PairDataset:
         if transform is None and self.arrays is None: raise ValueError('images on disk differ in size: give a transform, for example ImageTransform(224)')
         self.pairs, self.tokenizer, self.transform, self.seed = pairs, tokenizer, transform, seed
         self.texts = tokenizer(pairs.captions)
-        mask = self.texts['attention_mask']
-        self.lengths = mask.sum(1)
-        self.trim = bool((mask == (torch.arange(mask.shape[1]) < self.lengths[:,None])).all())   # padding stands behind
+        mask = self.texts.get('attention_mask')
+        self.lengths = None if mask is None else mask.sum(1)
+        self.trim = mask is not None and bool((mask == (torch.arange(mask.shape[1]) < self.lengths[:,None])).all())   # padding stands behind
 
     def __len__(self): return len(self.pairs)
 

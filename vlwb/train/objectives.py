@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['NAMES', 'LossConfig', 'AuxFeatures', 'encode_set', 'Objective', 'look_up']
 
-# %% ../../nbs/52_train.objectives.ipynb #0269d1d6
+# %% ../../nbs/52_train.objectives.ipynb #022d68bf
+from collections.abc import Mapping
 from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ class LossConfig:
     def needs_truth(self)->bool: # True for the oracles
         return self.name.startswith('oracle')
 
-# %% ../../nbs/52_train.objectives.ipynb #07e06e4d
+# %% ../../nbs/52_train.objectives.ipynb #07c99391
 @dataclass(frozen=True)
 class AuxFeatures:
     "Features of the frozen model H for a whole set, looked up by the ids of a batch."
@@ -63,7 +64,7 @@ def encode_set(
     "Encode a whole set with a model, in evaluation mode: to judge it, or to use it as H."
     device = next(model.parameters()).device
     was_training = model.training; model.eval()
-    move = lambda x: {k: v.to(device) for k, v in x.items()} if isinstance(x, dict) else x.to(device)
+    move = lambda x: {k: v.to(device) for k, v in x.items()} if isinstance(x, Mapping) else x.to(device)
     chunks = lambda n, what: tqdm(torch.arange(n).split(batch_size), desc=f'encoding {what}', disable=not progress)
     images = torch.cat([model.encode_image(move(dataset.images_at(i))).cpu() for i in chunks(dataset.num_images, 'images')])
     texts = torch.cat([model.encode_text(move(dataset.texts_at(i))).cpu() for i in chunks(len(dataset.caption_image), 'captions')])

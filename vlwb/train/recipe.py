@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Recipe', 'Trained', 'AuxModel', 'train_aux', 'run_recipe']
 
-# %% ../../nbs/54_train.recipe.ipynb #0268ab06
+# %% ../../nbs/54_train.recipe.ipynb #022d1a2c
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 import torch
@@ -51,7 +51,7 @@ class AuxModel:
         out = self.model.to(batch.image_ids.device)(batch.images, batch.texts)
         return similarity_matrix(out.image_features, out.text_features)
 
-# %% ../../nbs/54_train.recipe.ipynb #088065f4
+# %% ../../nbs/54_train.recipe.ipynb #08c4ca36
 def train_aux(
     make_model:Callable[[],nn.Module], # a fresh model of the same architecture
     clean:Callable, # batches of the clean set
@@ -60,16 +60,18 @@ def train_aux(
     look_up:bool=True, # compute H's features once; False where images or captions are augmented anew each time
     folder:str|Path|None=None, # log and checkpoints
     progress:bool=True, # show the bar
+    known=None, # confirmed matches, where the clean set is the training set
+    identity:dict|None=None, # what else makes this run this run
 )->tuple[object,list[dict]]: # H's view of the whole set, and its log
     "Train H with InfoNCE on the clean set and freeze it."
     if recipe.aux_steps < 1: raise ValueError(f'{recipe.loss.name!r} trusts H: give it aux_steps, or set alpha_start=0 and alpha_end=0')
     seed_everything(recipe.train.seed + 1_000_000)                     # H starts elsewhere than the model
     H = make_model()
-    log = train(H, clean, Objective(LossConfig('infonce', multi_positive=recipe.loss.multi_positive)), replace(recipe.train, steps=recipe.aux_steps),
-                folder=folder, name='H on clean pairs', progress=progress)
+    log = train(H, clean, Objective(LossConfig('infonce', multi_positive=recipe.loss.multi_positive), known=known), replace(recipe.train, steps=recipe.aux_steps),
+                folder=folder, name='H on clean pairs', progress=progress, identity=identity)
     return (encode_set(H, batches.dataset) if look_up else AuxModel(H)), log
 
-# %% ../../nbs/54_train.recipe.ipynb #09e8eac8
+# %% ../../nbs/54_train.recipe.ipynb #09c7df19
 def run_recipe(
     make_model:Callable[[],nn.Module], # makes a fresh model; the seed is set before the call
     batches:Callable, # batches(k) yields batch k, k+1, ... of the training set
@@ -83,14 +85,16 @@ def run_recipe(
     evaluate:Callable|None=None, # model -> dict of numbers
     progress:bool=True, # show the bars
     tensorboard:bool=False, # also write TensorBoard events
+    identity:dict|None=None, # what else makes this run this run: a folder of another run is refused
 )->Trained: # model, log, H's view and log
     "Train a model by a recipe: H first where the loss trusts it, then the model with what is left of the updates."
     if recipe.model_steps < 1: raise ValueError(f'aux_steps {recipe.aux_steps} leave nothing of {recipe.train.steps} steps for the model')
-    aux_log = []
+    aux_log, identity = [], dict(loss=asdict(recipe.loss), aux_steps=recipe.aux_steps, **(identity or {}))
     if recipe.loss.needs_aux and aux is None:
-        aux, aux_log = train_aux(make_model, batches if clean is None else clean, batches, recipe, look_up, None if folder is None else Path(folder)/'aux', progress)
+        aux, aux_log = train_aux(make_model, batches if clean is None else clean, batches, recipe, look_up, None if folder is None else Path(folder)/'aux', progress,
+                                 known if clean is None else None, identity)
     seed_everything(recipe.train.seed)
     model = make_model()
     log = train(model, batches, Objective(recipe.loss, recipe.model_steps, aux, truth, known), replace(recipe.train, steps=recipe.model_steps),
-                folder=folder, evaluate=evaluate, name=recipe.loss.name, progress=progress, tensorboard=tensorboard)
+                folder=folder, evaluate=evaluate, name=recipe.loss.name, progress=progress, tensorboard=tensorboard, identity=identity)
     return Trained(model, log, aux, aux_log)
