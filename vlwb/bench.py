@@ -168,7 +168,7 @@ def bare_product(
         for texts in text_features.split(tile[1]):
             torch.mm(images, texts.T, out=memory[:len(images)*len(texts)].view(len(images), len(texts)))
 
-# %% ../nbs/80_bench.ipynb #227abb44
+# %% ../nbs/80_bench.ipynb #226ef378
 def bench_retrieval(
     tiny:bool=False, # a size for trying out, whose figures mean nothing
 )->list[Row]: # ours, floor, peer, ratios, the same recalls, memory
@@ -180,7 +180,7 @@ def bench_retrieval(
     def full(): retrieval_metrics(images, texts, relevance)
     def loop(): got['loop'] = recall_by_sorting(images, texts, owner)
     quick = interleaved({'ours': ours, 'full': full, 'floor': lambda: bare_product(images, texts)}, repeats=2 if tiny else 7)
-    slow = interleaved({'ours': ours, 'loop': loop}, repeats=1 if tiny else 3, warmup=0)
+    slow = interleaved({'ours': ours, 'loop': loop}, repeats=1 if tiny else 5)
     apart = max(abs(got['ours'][k[:3]][k[4:]] - v) for k, v in got['loop'].items())
     sizes = f'{n} images x {n*each} captions x {width}, {torch.get_num_threads()} threads'
     row = lambda *args, goal='', peer='': make_row(*args, '' if tiny else goal, peer, sizes)

@@ -172,7 +172,7 @@ class _Finder:
         path = self.folders[parent]/last
         return inside(self.root, name) if path.is_symlink() else path
 
-# %% ../../nbs/12_data.pairs.ipynb #15ec15bf
+# %% ../../nbs/12_data.pairs.ipynb #15ec80c0
 class _Columns:
     "Gathers images and captions row by row and applies the rules every format shares."
     def __init__(self, source, images, split, on_error, check, restval='train'):
@@ -222,7 +222,7 @@ class _Columns:
         if not self.owner and self.ids: raise DataError(f'image {image_id} has a file, the images before it have none; name theirs')
         path = self.finder(file)
         if self.check != 'none' and not path.is_file():
-            raise DataError(f'the image {file} is missing below {self.finder.root.name or "."!r}; fetch it, or name the folder with images=, or read captions alone with images=False')
+            raise DataError(f'the image {file} is missing below {self.finder.root.name or "."!r}; fetch it, or name the folder with images=, or read captions alone with images=False (--no-images on the command line)')
         if self.check == 'decode': open_image(path, file)
         return path
 
