@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Optional
 import typer
 
-# %% ../nbs/85_cli.ipynb #052a84f1
+# %% ../nbs/85_cli.ipynb #0588febe
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode='rich', pretty_exceptions_enable=False, context_settings=dict(help_option_names=['-h', '--help']))
 _state = dict(traceback=False)
 
@@ -37,7 +37,7 @@ def print_table(
     from rich.console import Console
     from rich.table import Table
     table = Table(title=title or None)
-    for k in rows[0]: table.add_column(k, justify='left' if isinstance(rows[0][k], str) and not rows[0][k][:1] in '+-' else 'right')
+    for k in rows[0]: table.add_column(k, justify='left' if isinstance(rows[0][k], str) and rows[0][k][:1] not in '+-0123456789' else 'right')
     for r in rows: table.add_row(*(f'{v:.4g}' if isinstance(v, float) else str(v) for v in r.values()))
     Console().print(table)
 
@@ -79,7 +79,7 @@ def _repeat(pairs, images, format, split, skip_bad):
     given = [('--images', images), ('--format', format if format != 'auto' else None), ('--split', split)]
     return ' '.join([str(pairs), *(f'{k} {v}' for k, v in given if v is not None), *(['--skip-bad'] if skip_bad else [])])
 
-# %% ../nbs/85_cli.ipynb #12818be1
+# %% ../nbs/85_cli.ipynb #121e9457
 @app.command(epilog='Examples:  vlwb audit captions.jsonl --out audit   |   vlwb audit dataset_coco.json --images coco --split val --out audit   |   vlwb audit features.npz --out audit')
 def audit(
     pairs:Source,
@@ -103,7 +103,7 @@ def audit(
     _say_skipped(s['skipped'])
     if s['no_expectation']: typer.echo(f"No summary by batch: {s['no_expectation']} (--threshold gives one).")
     if s['expected_in_a_batch']:
-        print_table([{'batch': e['batch'], 'suspects expected': round(e['suspects'], 1), 'per image': round(e['per_anchor'], 3)} for e in s['expected_in_a_batch']], f"{s['images']:,} images, {s['captions']:,} captions; a suspect scores at least {s['threshold']:.3f}")
+        print_table([{'batch': e['batch'], 'suspects expected': f"{e['suspects']:,.1f}", 'per image': f"{e['per_anchor']:.3f}"} for e in s['expected_in_a_batch']], f"{s['images']:,} images, {s['captions']:,} captions; a suspect scores at least {s['threshold']:.3f}")
     typer.echo(f"{s['suspects_listed']} suspects in {out/'suspects.jsonl'}, with pictures in {out/'audit.html'}.")
     typer.echo(f"Next: review the list (delete lines, or give them \"verdict\": \"no match\"), then  vlwb train {_repeat(pairs, images, format, split, skip_bad)} --known {out/'suspects.jsonl'}")
 
