@@ -6,7 +6,7 @@
 __all__ = ['quick_demo', 'TITLES', 'NEXT', 'DemoConfig', 'run_demo', 'measure_table', 'BatchView', 'batch_view', 'topk_view',
            'demo_plates', 'demo']
 
-# %% ../nbs/81_demo.ipynb #024b8314
+# %% ../nbs/81_demo.ipynb #02503170
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 from .core import same_ids
 from .data.world import render
-from .eval.semantics import detection
+from .eval.semantics import detection_by_weight
 from .eval.study import MEASURES, RunSpec, World, WorldSpec, aux_view, build_world, get_backbone, judge, train_run
 from .losses.srcl import PairWeights, pair_weights
 from .train.backbone import BackboneConfig
@@ -132,7 +132,7 @@ def topk_view(
     shown = [test.captions.text[i] for i in ask] if text_to_image else [picture(test.captions.scene[i]) for i in ask]
     return shown, found, right
 
-# %% ../nbs/81_demo.ipynb #11d162b5
+# %% ../nbs/81_demo.ipynb #11473fcf
 def demo_plates(
     config:DemoConfig, # what was trained
     results:dict, # from run_demo
@@ -141,8 +141,7 @@ def demo_plates(
     world = build_world(config.specs(config.seeds - 1)['SRCL'].world, config.backbone)
     features = {name: encode_set(runs[-1][0].model, world.test.data) for name, runs in results.items()}
     small, large = (batch_view(world, features['SRCL'], n, config.similarity_temperature) for n in (16, 128))
-    negatives = ~large.own
-    auroc = detection(-large.weights[negatives], large.false_negatives[negatives])['auroc'] if large.false_negatives.any() else None
+    auroc = detection_by_weight(large.weights, large.own | large.false_negatives, large.own)['auroc'] if large.false_negatives.any() else None
     marks = dict(own=small.own, false_negatives=small.false_negatives, text_labels=small.captions, images=small.images)
     logs = {name: [t.log for t, _ in runs] for name, runs in results.items()}
     both = [topk_view(world, features, text_to_image=t) for t in (True, False)]

@@ -262,7 +262,7 @@ def audit_evidence(
     if text is None and image is None: raise ValueError('the audit needs a text encoder, a dual encoder or features')
     return Evidence(data.caption_image, text, image, caption, num_images=data.num_images, pool=pool, text_weight=text_weight)
 
-# %% ../nbs/83_workflows.ipynb #16bde62f
+# %% ../nbs/83_workflows.ipynb #16bf8633
 def audit_pairs(
     source:str|Path, # pairs or features
     out:str|Path, # folder for suspects.jsonl, audit.html and summary.json
@@ -290,12 +290,12 @@ def audit_pairs(
     rows = suspect_rows(find_suspects(evidence, count, known=already), captions, pairs.image_ids, pairs.caption_ids, pool=pool)
     _keep_review(Path(out)/'suspects.jsonl')
     write_suspects(Path(out)/'suspects.jsonl', rows)
-    expected, why_not = [], ''
+    expected, why_not, rule = [], '', 'given by hand'
     try:
-        if threshold is None: threshold = suspect_threshold(evidence)
+        if threshold is None: threshold, rule = suspect_threshold(evidence), "as half of the images' own captions do among each other"
         expected = suspects_per_batch(evidence, threshold, known=already)
     except ValueError as e: why_not = str(e)                          # one caption an image: nothing says how true matches score
-    summary = dict(images=data.num_images, captions=len(data.caption_image), suspects_listed=len(rows), threshold=threshold, expected_in_a_batch=expected, no_expectation=why_not, skipped=skipped(data))
+    summary = dict(images=data.num_images, captions=len(data.caption_image), suspects_listed=len(rows), threshold=threshold, threshold_rule=rule, expected_in_a_batch=expected, no_expectation=why_not, skipped=skipped(data))
     write_atomic(Path(out)/'summary.json', json.dumps(summary, indent=2))
     _audit_page(out, rows, pairs, summary, attribution)
     return summary
@@ -311,7 +311,7 @@ def _audit_page(out, rows, pairs, summary, attribution):
     load = None if pairs.images is None else lambda image_id: pairs.load_image(at[image_id]) if image_id in at else None
     own = lambda image_id: pairs.captions_of(at[image_id]) if image_id in at and pairs.captions else []
     table = [{'batch': e['batch'], 'suspects expected in it': e['suspects'], 'per image': e['per_anchor']} for e in summary['expected_in_a_batch']]
-    note = f"A suspect is a pair that scores at least {summary['threshold']:.3f}, as half of the images' own captions do among each other." if table else ''
+    note = f"A suspect is a pair that scores at least {summary['threshold']:.3f}, {summary['threshold_rule']}." if table else ''
     write_audit(out, rows, load_image=load, captions_of=own, attribution=attribution, headline=[('images', summary['images']), ('captions', summary['captions']), ('suspects listed', len(rows))],
                 summary='Captions that may be true of images they were not written for. Each is scored by what the image\'s own captions say, by a dual encoder, or by both.',
                 tables=[Table('How many would a batch meet?', table, note, digits=4)] if table else [], limit=100,

@@ -37,7 +37,7 @@ def detection(
     return dict(auroc=float(roc_auc_score(labels, scores)), average_precision=float(average_precision_score(labels, scores)),
                 positives=positives, negatives=negatives)
 
-# %% ../../nbs/61_eval.semantics.ipynb #10fe6d7d
+# %% ../../nbs/61_eval.semantics.ipynb #108e9f3b
 def used_as_negatives(
     truth:Tensor, # (N,M) bool: all true matches
     positives:Tensor|None=None, # (N,M) bool: known positives; the diagonal when None
@@ -57,8 +57,7 @@ def detection_by_weight(
     keep:Tensor|None=None, # (N,M) bool: False where the loss left a negative out
 )->dict: # as `detection`
     "A low weight as detector of false negatives, among the pairs used as negatives."
-    used = used_as_negatives(truth, positives, keep)
-    return detection(-weights[used], truth[used])
+    return detection_by_similarity(-weights, truth, positives, keep)
 
 def detection_by_similarity(
     similarity:Tensor, # (N,M) scores, high where alike

@@ -158,7 +158,7 @@ def judge(
     "Encode a set and judge the features."
     return judge_features(encode_set(model, judged.data), judged)
 
-# %% ../../nbs/65_eval.study.ipynb #178fd64e
+# %% ../../nbs/65_eval.study.ipynb #17bfc1b9
 @dataclass(frozen=True)
 class RunSpec:
     "Everything that decides a result."
@@ -174,13 +174,11 @@ class RunSpec:
 
     def model(self,
         world:World, # for its vocabulary and features
-        scale:float|None=None, # another scale
-        learn_scale:bool|None=None, # another rule
     )->DualEncoder: # freshly initialised from the global seed
         "The small dual encoder: a hidden layer over the frozen backbone, a text transformer, two projections."
         text = dict(vocab_size=world.tokenizer.vocab_size, width=self.width, layers=self.layers, max_length=world.tokenizer.max_length)
         return DualEncoder(DualEncoderConfig(dict(features=world.backbone.features, hidden=256), text, projection_dim=self.width,
-                           logit_scale=self.scale if scale is None else scale, learn_scale=self.learn_scale if learn_scale is None else learn_scale))
+                           logit_scale=self.scale, learn_scale=self.learn_scale))
 
 # %% ../../nbs/65_eval.study.ipynb #18f4135e
 @lru_cache(maxsize=4)

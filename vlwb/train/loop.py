@@ -227,7 +227,7 @@ def train_step(
     if hasattr(model, 'clamp_scale_'): model.clamp_scale_()
     return dict(loss=loss.item(), grad_norm=norm.item(), lr=optimizer.param_groups[0]['lr'], **stats)
 
-# %% ../../nbs/50_train.loop.ipynb #24b1b203
+# %% ../../nbs/50_train.loop.ipynb #246cb4fe
 def train(
     model:nn.Module, # trained in place
     batches:Callable[[int],Iterator[Batch]], # batches(k) yields batch k, k+1, ...
@@ -247,7 +247,7 @@ def train(
     optimizer, step = make_optimizer(model, config), 0
     scaler = torch.amp.GradScaler(device.type) if _precision(config, device) == torch.float16 else None
     if folder is not None: step = _resume(folder, model, optimizer, scaler, config, identity)
-    log, start, done = RunLog(folder, step, tensorboard), time.perf_counter(), step
+    log, start = RunLog(folder, step, tensorboard), time.perf_counter()
     bar = tqdm(total=config.steps, initial=step, desc=name, disable=not progress, mininterval=0.5)
     stream = batches(step) if step < config.steps else iter(())
     while step < config.steps:
