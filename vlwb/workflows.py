@@ -188,7 +188,7 @@ def skipped(
     "What a reader left out."
     return list(getattr(getattr(data, 'problems', None), 'messages', []))
 
-# %% ../nbs/83_workflows.ipynb #12c0275c
+# %% ../nbs/83_workflows.ipynb #12726803
 def load_model(
     folder:str|Path, # written by `train_pairs`
 )->tuple[DualEncoder,InputConfig,object]: # model, how it sees data, its tokeniser where it has one
@@ -200,7 +200,7 @@ def load_model(
     return DualEncoder.from_pretrained(folder), config, tokens
 
 def read_relevance(
-    name:str|Path, # 'eccv', a folder with ECCV Caption's files, a CxC SITS file, or confirmed matches as JSON lines
+    name:str|Path, # 'eccv', a folder or list with ECCV Caption's matches, a CxC SITS file, or confirmed matches as JSON lines
     pairs:Pairs, # to judge
     split:str|None=None, # the pairs are one split: matches of others are passed over
     on_error:str='raise', # or 'skip'
@@ -208,7 +208,8 @@ def read_relevance(
     "Who else matches, from any source that `data.relevance` reads."
     if str(name) == 'eccv': return read_eccv(None, pairs)
     path = Path(name)
-    if path.is_dir(): return read_eccv(path, pairs)
+    lists = path.suffix == '.jsonl' and path.is_file() and '"eccv_positive_caption_ids"' in path.open(encoding='utf-8', errors='replace').readline()
+    if path.is_dir() or lists: return read_eccv(path, pairs)
     if path.suffix in ('.tsv', '.csv'): return read_cxc(path, pairs, on_error=on_error)
     return read_known(path, pairs, split, on_error)
 
