@@ -4,8 +4,8 @@ import pytest, torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch.testing import assert_close
+from vlwb import core
 from vlwb.core import make_generator, same_ids
-import vlwb.losses.infonce as infonce_module
 from vlwb.losses.infonce import anchor_losses, infonce, symmetric_loss
 from vlwb.losses.regulation import known_positives, regulation_log_weights, regulation_weights
 from vlwb.losses.srcl import srcl, srcl_weights
@@ -265,8 +265,8 @@ def test_alpha_goes_down_from_one_to_zero(kind, total, drops):
 
 # --- edges ----------------------------------------------------------------------------------------------------------
 
-def test_warnings_come_once(monkeypatch):
-    monkeypatch.setattr(infonce_module, '_warned', set())
+def test_warnings_come_once():
+    core.warned.clear()
     g = make_generator(0); v, t = unit(4, 3, g), unit(4, 3, g)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter('always')
