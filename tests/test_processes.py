@@ -246,7 +246,7 @@ def worker(folder, rank, world):
             out |= {n: f'not run: the processes fell out of step in {name}: {others}' for n in jobs if n not in out}
             break
     torch.save(out, folder/f'{rank}.pt')
-    dist.destroy_process_group()
+    dist.destroy_process_group()                                                      # 'group' must be gone when the interpreter ends: all of it is local
 
 
 def run_world(world, folder, timeout=240):

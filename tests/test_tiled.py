@@ -177,3 +177,13 @@ def test_positives_by_mask_by_ids_and_on_the_diagonal_agree():
     with pytest.raises(ValueError, match='whole rows'): srcl(torch.eye(3), torch.eye(3), 5., alpha=0., norm='softmax', similarity_temperature=0.05, form='tiled')
     with pytest.raises(ValueError, match='form must be'): infonce(torch.eye(3), torch.eye(3), 5., form='fast')
     with pytest.raises(ValueError, match='not with tiles'): infonce(torch.eye(3), torch.eye(3), 5., form='tiled', log_weights_per_image=torch.zeros(3, 3))
+
+
+def test_a_small_loss_keeps_its_digits():
+    "A confident batch at scale 100: the loss is a difference of numbers near 100 if one writes it so."
+    g = make_generator(0)
+    v = F.normalize(torch.randn(300, 32, generator=g, dtype=F64), dim=1)
+    t = F.normalize(v + 0.05*torch.randn(300, 32, generator=g, dtype=F64), dim=1)
+    exact = infonce(v, t, 100., form='plain')
+    assert 0 < exact < 1e-3
+    assert_close(infonce(v.float(), t.float(), 100., form='tiled').double(), exact, rtol=1e-4, atol=0)

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['warned', 'make_generator', 'seed_everything', 'pick_device', 'same_ids', 'Batch', 'check_features', 'warn_once',
-           'DataError', 'Problems', 'inside', 'write_atomic', 'data_folder', 'cache_folder', 'full_run', 'config_hash']
+           'DataError', 'Problems', 'inside', 'write_atomic', 'mend_torchvision', 'data_folder', 'cache_folder',
+           'full_run', 'config_hash']
 
-# %% ../nbs/00_core.ipynb #02b90716
-import hashlib, json, os, random, sys, tempfile, warnings
+# %% ../nbs/00_core.ipynb #0211fa31
+import hashlib, importlib.util, json, os, random, re, sys, tempfile, warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
@@ -162,7 +163,23 @@ def _umask():
     mask = os.umask(0); os.umask(mask)
     return mask
 
-# %% ../nbs/00_core.ipynb #42c9bb20
+# %% ../nbs/00_core.ipynb #42e39881
+_declared = [] # torch drops a declaration together with the object that made it
+
+def mend_torchvision()->bool: # True where something had to be mended
+    "Declare the operators that a CUDA build of torchvision cannot bring to a CPU build of torch, before anybody imports it."
+    spec = importlib.util.find_spec('torchvision') if 'torchvision' not in sys.modules else None
+    version = Path(spec.origin).with_name('version.py') if spec and spec.origin else None
+    if _declared or version is None or not version.exists() or torch.version.cuda or torch.version.hip: return bool(_declared)
+    if not re.search(r"__version__ = '[^']*\+cu", version.read_text()): return False
+    library = torch.library.Library('torchvision', 'FRAGMENT')
+    for operator in ('nms', 'qnms'): library.define(f'{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
+    _declared.append(library)
+    return True
+
+mend_torchvision()
+
+# %% ../nbs/00_core.ipynb #46c9bb20
 def data_folder()->Path|None: # the folder named by VLWB_DATA, None where it is not set or not there
     "The folder with the small real data set, if this machine has it."
     path = Path(os.environ['VLWB_DATA']) if os.environ.get('VLWB_DATA') else None
@@ -180,7 +197,7 @@ def full_run()->bool: # True when VLWB_FULL is 1
     "Whether experiment notebooks run at full length; in miniature otherwise."
     return os.environ.get('VLWB_FULL', '') == '1'
 
-# %% ../nbs/00_core.ipynb #43711848
+# %% ../nbs/00_core.ipynb #47711848
 def config_hash(
     *configs, # dataclasses, dicts, or anything that JSON takes
 )->str: # 12 hex digits

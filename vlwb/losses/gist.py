@@ -6,9 +6,9 @@
 __all__ = ['Filter', 'GuideView', 'guide_view', 'guided_block', 'same_items', 'intra_sums', 'intra_blocks', 'with_intra', 'gist',
            'filtered_pairs']
 
-# %% ../../nbs/27_losses.gist.ipynb #026ad0ad
+# %% ../../nbs/27_losses.gist.ipynb #02b75a0f
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -117,7 +117,7 @@ def guided_block(
     column_lse = masked_logsumexp(logits, negatives & (seen <= column_threshold), 0) if both else None
     return Contrast(row_lse, column_lse, None, None, logits[pairs.rows, pairs.columns])
 
-# %% ../../nbs/27_losses.gist.ipynb #18b1f35f
+# %% ../../nbs/27_losses.gist.ipynb #186ca123
 def same_items(
     items:Tensor, # (P,) int64 in [0,size)
     shared:Tensor, # (P,) int64: items with a number in common are the same
@@ -126,6 +126,7 @@ def same_items(
     stop:int, # end of them
 )->Positives: # (stop-start, size) pairs of the same items, each with itself among them
     "Which items are no negatives of each other within a modality."
+    items, shared = items.contiguous(), shared.contiguous()
     i, j = join_ids(shared, shared)
     every = torch.arange(size, device=items.device)
     code = torch.cat([items[i]*size + items[j], every*(size + 1)]).unique()
@@ -186,7 +187,7 @@ def with_intra(
     of_positives = merge_logsumexp(segment_logsumexp(other[positives], anchors, len(cross)), group)
     return torch.stack([safe(cross), own, of_positives - count.log()]).logsumexp(0)
 
-# %% ../../nbs/27_losses.gist.ipynb #2694a18c
+# %% ../../nbs/27_losses.gist.ipynb #26599b77
 def gist(
     image_features:Tensor, # (N,D) unit norm
     text_features:Tensor, # (M,D) unit norm
@@ -215,7 +216,8 @@ def gist(
     tiles = takes_tiles(form, image_features, text_features, Candidates(), Candidates(), group, '' if guide_similarity is None else 'guide_similarity comes as a matrix')
     share = share_of(image_features, text_features, image_ids, text_image_ids, positives, keep, group)
     view = guide_view(image_features, text_features, guide_image_features, guide_text_features, guide_similarity, group)
-    pairs, seen, tiling = share.positives, view.of_pairs(share.positives), tiling if tiles else None
+    pairs, seen = share.positives, view.of_pairs(share.positives)
+    tiling = (replace(tiling, kept_mb=tiling.kept_mb/3) if intra else tiling) if tiles else None          # three sweeps share what is kept
     limits = rule.thresholds(seen, pairs.rows, pairs.shape[0]), rule.thresholds(seen, pairs.columns, pairs.shape[1], group)
     c = guided_block(image_features, share.text_features, logit_scale, share.known, view, limits[0], limits[1] if symmetric else None, keep=share.keep, tiling=tiling)
     of_images, of_texts = safe(c.row_lse), merge_logsumexp(safe(c.column_lse), group) if symmetric else None

@@ -115,7 +115,7 @@ class Anchors:
         if candidates.extra_log_weights is not None: logits = safe(logits + candidates.extra_log_weights.detach().to(logits))
         return torch.logaddexp(lse, logits.logsumexp(1))
 
-# %% ../../nbs/20e_losses.symmetric.ipynb #15f0d869
+# %% ../../nbs/20e_losses.symmetric.ipynb #159b225e
 def direction_loss(
     negatives:Tensor, # (A,) log-sum-exp over the negatives of every anchor of every process
     positives:list[tuple[Tensor,Tensor]], # this process's blocks of (P,) anchor and (P,) logit
@@ -129,11 +129,11 @@ def direction_loss(
     count = total(anchor.bincount(minlength=len(negatives)), group)
     has = (count > 0)[own]
     if multi_positive == 'each': return (F.softplus(negatives[anchor] - logit) / count[anchor]).sum(), has.sum()
-    pulled = (logit / count[anchor]).sum()
     together = merge_logsumexp(segment_logsumexp(logit, anchor, len(negatives)), group)
-    return torch.logaddexp(negatives, together)[own][has].sum() - pulled, has.sum()
+    apart = ((together[anchor] - logit) / count[anchor]).sum()    # how unequal the positives of an anchor are, and log of their number
+    return F.softplus(negatives - together)[own][has].sum() + apart, has.sum()
 
-# %% ../../nbs/20e_losses.symmetric.ipynb #19f55c16
+# %% ../../nbs/20e_losses.symmetric.ipynb #21f55c16
 def positives_among(
     image_features:Tensor, # (N,D) of this process
     text_features:Tensor, # (M,D) of this process
@@ -156,7 +156,7 @@ def positives_among(
         if len(ids) != n: raise ValueError(f'{name} must hold one id for each of the {n} rows of this process, got {len(ids)}')
     return find_positives(shape, image_ids, gather_ids(of, group), device=device)
 
-# %% ../../nbs/20e_losses.symmetric.ipynb #2050836f
+# %% ../../nbs/20e_losses.symmetric.ipynb #2250836f
 def tiled_loss(
     image_features:Tensor, # (N,D) unit norm; with a group, this process's share
     text_features:Tensor, # (M,D) unit norm

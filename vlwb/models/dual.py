@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..core import DataError, write_atomic
 from .towers import TextConfig, Tower, VisionConfig, load_tower, text_tower, vision_tower
 
-# %% ../../nbs/42_models.dual.ipynb #05673e31
+# %% ../../nbs/42_models.dual.ipynb #051da343
 @dataclass(frozen=True)
 class DualEncoderConfig:
     "Everything that is needed to build a `DualEncoder` again."
@@ -27,6 +27,7 @@ class DualEncoderConfig:
     logit_scale:float=1/0.07 # starting scale, 1/temperature
     learn_scale:bool=True # False keeps the scale where it starts
     max_scale:float=100. # upper bound after each step, as in CLIP
+    logit_bias:float|None=None # where a learned bias of the logits starts, for the sigmoid loss; None: no bias
 
 class DualOutput(NamedTuple):
     "What objectives take: unit-norm features and the multiplier of their dot products."
@@ -50,9 +51,9 @@ def _build_tower(spec:dict, side:str) -> tuple[nn.Module, int]:
 def _pooled(out):
     return out if isinstance(out, Tensor) else out.pooler_output
 
-# %% ../../nbs/42_models.dual.ipynb #07146103
+# %% ../../nbs/42_models.dual.ipynb #07d97bee
 class DualEncoder(nn.Module):
-    "Two towers, two linear projections to a shared space and a learned `log_logit_scale`."
+    "Two towers, two linear projections to a shared space, a learned `log_logit_scale` and, for the sigmoid loss, a learned `logit_bias`."
     def __init__(self,
         config:DualEncoderConfig=DualEncoderConfig(), # what to build
     ):
@@ -69,6 +70,7 @@ class DualEncoder(nn.Module):
             self.image_projection = nn.Linear(image_width, config.projection_dim, bias=False)
             self.text_projection = nn.Linear(text_width, config.projection_dim, bias=False)
         self.log_logit_scale = nn.Parameter(torch.tensor(math.log(config.logit_scale)), requires_grad=config.learn_scale)
+        self.logit_bias = None if config.logit_bias is None else nn.Parameter(torch.tensor(config.logit_bias))
 
     @property
     def logit_scale(self)->Tensor: # () the multiplier of the dot products
@@ -147,16 +149,17 @@ def _plain(config) -> dict:
     "A transformers configuration as the JSON-able dict that `AutoConfig.for_model` takes back."
     return {k: v for k, v in config.to_diff_dict().items() if k not in ('architectures', 'transformers_version', 'torch_dtype', 'dtype', '_name_or_path')} | dict(model_type=config.model_type)
 
-# %% ../../nbs/42_models.dual.ipynb #15ea9dfa
+# %% ../../nbs/42_models.dual.ipynb #15af75e4
 def from_clip(
     folder_or_name:str, # a CLIP, SigLIP or similar checkpoint with get_image_features and get_text_features
 )->DualEncoder: # its towers, its projections, its scale
-    "A CLIP-like checkpoint as a `DualEncoder`, its learned scale included."
+    "A CLIP-like checkpoint as a `DualEncoder`, its learned scale included, and a SigLIP's bias."
     from transformers import AutoModel
     loaded = AutoModel.from_pretrained(folder_or_name)
     if not hasattr(loaded, 'get_image_features') or not hasattr(loaded, 'get_text_features'):
         raise ValueError(f'{folder_or_name!r} holds a {type(loaded).__name__}, which is not CLIP-like; use from_towers')
     scale = loaded.logit_scale.exp().item() if hasattr(loaded, 'logit_scale') else 1/0.07
-    model = DualEncoder(DualEncoderConfig(clip=_plain(loaded.config), logit_scale=scale))
+    bias = loaded.logit_bias.item() if hasattr(loaded, 'logit_bias') else None
+    model = DualEncoder(DualEncoderConfig(clip=_plain(loaded.config), logit_scale=scale, max_scale=max(100., scale), logit_bias=bias))
     model.clip.load_state_dict(loaded.state_dict())
     return model
