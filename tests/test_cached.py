@@ -11,12 +11,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from vlwb import core
 from vlwb.core import seed_everything
 from vlwb.losses.infonce import infonce
 from vlwb.losses.srcl import srcl
 from vlwb.models.dual import DualEncoder, DualEncoderConfig
 from vlwb.train.cached import Surroundings, TwoPass, cached_backward, in_micro_batches, split_rows
-import vlwb.losses.infonce as infonce_module
 
 
 class Model(nn.Module):
@@ -225,11 +225,11 @@ def test_error_in_the_second_pass_leaves_the_random_state_whole():
 
 def test_changes_between_the_passes_are_noticed():
     model, (images, texts), loss = make(), batch(9), family(9)['infonce']
-    infonce_module.warned.discard('second pass')
+    core.warned.discard('second pass')
     value = loss(*TwoPass(model, 2)(images, texts))
     with torch.no_grad(): model.image[0].weight.mul_(1.5)
     with pytest.warns(UserWarning, match='second pass does not repeat the first'): value.backward()
-    infonce_module.warned.discard('second pass')
+    core.warned.discard('second pass')
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         for dtype in (torch.float32, torch.bfloat16):
@@ -240,7 +240,7 @@ def test_changes_between_the_passes_are_noticed():
 def test_batch_norm_is_said_and_counted_once():
     model, (images, texts), loss = make(), batch(9), family(9)['infonce']
     model.image[2] = nn.BatchNorm1d(16).double()
-    infonce_module.warned.discard('batch norm in two passes')
+    core.warned.discard('batch norm in two passes')
     with pytest.warns(UserWarning, match='statistics are those of 3 items'): got = step(model, lambda: cached_backward(model, loss, images, texts, micro_batch=3))
     state = {n: b.clone() for n, b in model.named_buffers()}
     assert state['image.2.num_batches_tracked'] == 3

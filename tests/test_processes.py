@@ -131,6 +131,83 @@ def siglip_case(**which):
     return case
 
 
+def everybody(x, s):
+    "Columns of all processes for this one's rows."
+    from vlwb.losses.processes import gather_rows
+    return gather_rows(x, s.group)
+
+
+def infonce_case(captions=False, keep=False, queue=False, extra=False, **kw):
+    def case(s):
+        from vlwb.losses.infonce import infonce
+        more = dict(image_ids=s.ids, group=s.group, **kw)
+        if captions: more |= dict(text_image_ids=s.caption_ids)
+        if keep: more |= dict(keep=s.keep)
+        if queue: more |= dict(text_queue=s.queue_text, image_queue=s.queue_image, queue_ids=s.queue_ids)
+        if extra: more |= dict(extra_text_features=s.extra_text, extra_image_features=s.extra_image)
+        return infonce(s.image_features, s.caption_features if captions else s.text_features, s.logit_scale, **more)
+    return case
+
+
+def srcl_case(keep=False, queue=False, extra=False, matrix=False, **kw):
+    def case(s):
+        from vlwb.losses.srcl import srcl
+        more = dict(image_ids=s.ids, group=s.group, similarity_temperature=0.3, **kw)
+        if matrix: more |= dict(aux_similarity=s.aux_image @ everybody(s.aux_text, s).T)
+        elif kw.get('alpha', 1): more |= dict(aux_image_features=s.aux_image, aux_text_features=s.aux_text)
+        if keep: more |= dict(keep=s.keep)
+        if queue: more |= dict(text_queue=s.queue_text, image_queue=s.queue_image, queue_ids=s.queue_ids)
+        if queue and kw.get('alpha', 1): more |= dict(aux_text_queue=s.queue_aux_text, aux_image_queue=s.queue_aux_image)
+        if extra: more |= dict(extra_text_features=s.extra_text, extra_image_features=s.extra_image)
+        return srcl(s.image_features, s.text_features, s.logit_scale, **more)
+    return case
+
+
+def albef_case(queue=False, **kw):
+    def case(s):
+        from vlwb.losses.albef import albef_itc
+        more = dict(image_queue=s.queue_image, text_queue=s.queue_text, queue_ids=s.queue_ids) if queue else {}
+        return albef_itc(s.image_features, s.text_features, s.logit_scale, momentum_image_features=s.momentum_image, momentum_text_features=s.momentum_text, image_ids=s.ids, group=s.group, **more, **kw)
+    return case
+
+
+def vse_case(**kw):
+    def case(s):
+        from vlwb.losses.vse import vse
+        return vse(s.image_features, s.caption_features, image_ids=s.ids, text_image_ids=s.caption_ids, group=s.group, **kw)
+    return case
+
+
+def debiased_case(name, keep=False, **kw):
+    def case(s):
+        import vlwb.losses.debiased as debiased
+        return getattr(debiased, name)(s.image_features, s.text_features, s.logit_scale, image_ids=s.ids, keep=s.keep if keep else None, group=s.group, **kw)
+    return case
+
+
+def gist_case(**kw):
+    def case(s):
+        from vlwb.losses.gist import gist
+        return gist(s.image_features, s.text_features, s.logit_scale, guide_image_features=s.aux_image, guide_text_features=s.aux_text, image_ids=s.ids, group=s.group, **kw)
+    return case
+
+
+def cyclip_case(keep=False):
+    def case(s):
+        from vlwb.losses.cyclip import cyclip
+        return cyclip(s.image_features, s.text_features, s.logit_scale, image_ids=s.ids, keep=s.keep if keep else None, group=s.group)
+    return case
+
+
+def soft_case(matrix=False, **kw):
+    def case(s):
+        from vlwb.losses.soft import soft_targets
+        targets = dict(target_image_features=s.aux_image, target_text_features=s.aux_text)
+        if matrix: targets = dict(targets=(5 * s.aux_image @ everybody(s.aux_text, s).T).softmax(1))
+        return soft_targets(s.image_features, s.text_features, s.logit_scale, image_ids=s.ids, group=s.group, **targets, **kw)
+    return case
+
+
 CASES = {                                                # name -> function of a Share that gives a loss
     'gathered softmax': gathered_softmax,
     'gathered everywhere': gathered_everywhere,
@@ -142,7 +219,44 @@ CASES = {                                                # name -> function of a
     'siglip captions': siglip_case(ids='captions', captions=True),
     'siglip keep': siglip_case(ids='ids', keep=True),
     'siglip masks': siglip_case(ids='ids', keep=True, mask=True),
+    'infonce': infonce_case(),
+    'infonce each': infonce_case(multi_positive='each'),
+    'infonce captions': infonce_case(captions=True),
+    'infonce keep': infonce_case(keep=True),
+    'infonce queue': infonce_case(queue=True),
+    'infonce extra': infonce_case(extra=True),
+    'srcl H': srcl_case(alpha=1.),
+    'srcl both views': srcl_case(alpha=0.4, keep=True),
+    'srcl softmax': srcl_case(alpha=0.4, norm='softmax', delta=0.5),
+    'srcl own': srcl_case(alpha=0.),
+    'srcl matrix': srcl_case(alpha=0.7, matrix=True),
+    'srcl queue extra': srcl_case(alpha=0.4, queue=True, extra=True, multi_positive='each'),
+    'albef': albef_case(),
+    'albef queue': albef_case(queue=True, soft_weight=0.3),
+    'vse max': vse_case(),
+    'vse sum mean': vse_case(hardest=False, reduction='mean'),
+    'dcl': debiased_case('dcl', tau_plus=0.1),
+    'hcl keep': debiased_case('hcl', keep=True, beta=0.7, tau_plus=0.1),
+    'gist': gist_case(),
+    'gist intra': gist_case(intra=True, margin=0.1),
+    'cyclip': cyclip_case(),
+    'cyclip keep': cyclip_case(keep=True),
+    'soft features': soft_case(),
+    'soft matrix mix': soft_case(matrix=True, mix=0.6),
 }
+def own_rows_put_back(s):
+    "What must not pass: gathered without gradients, the own part put back. Not a form this package has."
+    from vlwb.losses.infonce import infonce
+    from vlwb.losses.processes import row_range
+    if s.group is None: return infonce(s.image_features, s.text_features, s.logit_scale)
+    start, stop, n = row_range(len(s.image_features), s.group)
+    everything = []
+    for x in (s.image_features, s.text_features):
+        rows = everybody(x.detach(), s).clone()
+        everything.append(torch.cat([rows[:start], x, rows[stop:]]))
+    return infonce(*everything, s.logit_scale)
+
+
 NO_EMPTY = set()                                         # names of cases that do not take a process without any pair
 
 
@@ -233,6 +347,7 @@ def worker(folder, rank, world):
     group, out = dist.group.WORLD, {}
     jobs = {f'{name}/{layout}/{kind}': (run_case, case, counts, dtype, rank, group) for name, case in CASES.items() for layout, counts in LAYOUTS[world].items()
             if (layout, name) not in [('empty', n) for n in NO_EMPTY] for kind, (dtype, _) in DTYPES.items()}
+    jobs['wrong'] = run_case, own_rows_put_back, LAYOUTS[world]['uneven'], torch.float64, rank, group
     jobs |= {name: (check, group, rank, world) for name, check in CHECKS.items()}
     for i, (name, (job, *arguments)) in enumerate(jobs.items()):
         message = ''
@@ -296,9 +411,32 @@ class TestProcesses:
                     assert difference <= allowed, f'{where}: gradients differ by {difference:.2g} of their norm: { {k: (f[k].norm() / wanted[k].norm()).item() for k in wanted} }'
 
     @pytest.mark.parametrize('world', LAYOUTS)
+    def test_wrong_gradients_are_seen(self, worlds, world):
+        "The comparison is not blind: without gradients in the gather the loss and the scale are right, and the towers get one part in `world`."
+        wanted = run_case(own_rows_put_back, LAYOUTS[world]['uneven'], torch.float64)
+        for found in (r['wrong'] for r in worlds(world)):
+            for k in ('loss', 'log_logit_scale'): torch.testing.assert_close(found[k], wanted[k])
+            for k in ('image.weight', 'text.weight'): torch.testing.assert_close(found[k], wanted[k] / world)
+
+    @pytest.mark.parametrize('world', LAYOUTS)
     @pytest.mark.parametrize('name', CHECKS)
     def test_operations(self, worlds, world, name):
         for rank, result in enumerate(worlds(world)): assert result[name] is None, f'process {rank}: {result[name]}'
+
+
+@pytest.mark.parametrize('scale, bias', [(1., 0.), (10., -10.), (100., -30.)])
+def test_siglip_equals_open_clip(scale, bias):
+    "Loss and all gradients equal those of open_clip's SigLipLoss."
+    if not hasattr(torch.ops.torchvision, 'nms'):        # beside torch's CPU build torchvision's own are missing, and its import asks for them
+        operations = torch.library.Library('torchvision', 'FRAGMENT')
+        for name in ('nms', 'qnms'): operations.define(f'{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
+    from open_clip.loss import SigLipLoss
+    from vlwb.losses.siglip import siglip
+    g = torch.Generator().manual_seed(0)
+    inputs = *(F.normalize(torch.randn(37, 16, generator=g), dim=1).requires_grad_() for _ in range(2)), *(torch.tensor(x, requires_grad=True) for x in (scale, bias))
+    theirs, ours = SigLipLoss()(*inputs), siglip(*inputs[:3], logit_bias=inputs[3], block=16)
+    assert abs(ours - theirs) <= 1e-6 * theirs
+    for a, b in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(theirs, inputs)): assert (a - b).norm() <= 1e-6 * b.norm()
 
 
 if __name__ == '__main__': worker(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

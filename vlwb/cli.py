@@ -107,12 +107,12 @@ def audit(
     typer.echo(f"{s['suspects_listed']} suspects in {out/'suspects.jsonl'}, with pictures in {out/'audit.html'}.")
     typer.echo(f"Next: review the list (delete lines, or give them \"verdict\": \"no match\"), then  vlwb train {_repeat(pairs, images, format, split, skip_bad)} --known {out/'suspects.jsonl'}")
 
-# %% ../nbs/85_cli.ipynb #14bd2b48
+# %% ../nbs/85_cli.ipynb #14454d15
 @app.command(epilog='Examples:  vlwb train captions.jsonl --images photos --out run --loss srcl --aux-steps 200   |   vlwb train features.npz --out run')
 def train(
     pairs:Source,
     out:Annotated[Path, typer.Option(help="The run's folder: log, checkpoints, model. A run found there goes on.")]=Path('runs/latest'),
-    loss:Annotated[str, typer.Option(help='infonce, srcl or removal.')]='infonce',
+    loss:Annotated[str, typer.Option(help='infonce, srcl, removal, gist, soft, dcl, hcl, cyclip, siglip, vse or vse_sum.')]='infonce',
     images:Images=None, format:Format='auto', split:Split=None,
     kind:Kind='frozen', vision:Vision=None, text:Text=None, clip:Clip=None,
     vision_pooling:Annotated[Optional[str], typer.Option(help='Of towers: cls, mean or pooler; by itself what the kind of model needs.')]=None,
@@ -120,8 +120,9 @@ def train(
     clean:Annotated[Optional[Path], typer.Option(help="H's clean set, in any form that PAIRS may have; PAIRS itself when left out.")]=None,
     known:Annotated[Optional[Path], typer.Option(help="Confirmed matches (JSON lines) or the audit's list, reviewed or not: they become positives.")]=None,
     steps:Annotated[int, typer.Option(min=1, help='Updates, those of H included.')]=1000,
-    aux_steps:Annotated[int, typer.Option(min=0, help='Updates of H (srcl, removal); 0: the model weighs its own negatives from the start.')]=0,
+    aux_steps:Annotated[int, typer.Option(min=0, help='Updates of H (srcl, removal, gist, soft); 0: srcl and removal weigh their own negatives from the start.')]=0,
     batch_size:Annotated[int, typer.Option(min=1, help='Pairs in a batch.')]=128,
+    micro_batch:Annotated[int, typer.Option(min=0, help='Pairs encoded at a time: a big batch in the memory of a small one. 0: all at once.')]=0,
     lr:Annotated[float, typer.Option(help='Peak learning rate.')]=1e-3,
     seed:Annotated[int, typer.Option(min=0, help='Of weights and batches.')]=0,
     similarity_temperature:Annotated[float, typer.Option(help="Temperature of the similarities in SRCL's weights; the paper's formula has 1.")]=1.,
@@ -142,7 +143,7 @@ def train(
     from vlwb.workflows import InputConfig, train_pairs
     own = dict(alpha_start=0., alpha_end=0.) if aux_steps == 0 else {}
     recipe = Recipe(LossConfig(loss, similarity_temperature=similarity_temperature, norm=norm, delta=delta, threshold=threshold, **own),
-                    TrainConfig(steps=steps, lr=lr, seed=seed, device=device, checkpoint_every=checkpoint_every), aux_steps)
+                    TrainConfig(steps=steps, lr=lr, seed=seed, micro_batch=micro_batch, device=device, checkpoint_every=checkpoint_every), aux_steps)
     done = train_pairs(pairs, out, recipe, InputConfig(kind, vision, text, clip, vision_pooling, text_pooling, hidden=hidden, projection_dim=projection_dim), images, format, split, clean, known, batch_size,
                        'skip' if skip_bad else 'raise', tensorboard=tensorboard)
     _say_skipped(json.loads((out/'vlwb.json').read_text())['skipped'])
@@ -169,7 +170,7 @@ def evaluate(
             for name, found in out.items() if isinstance(found, dict) for side, title in sides.items()]
     print_table(rows, f"{out['images']:,} images, {out['captions']:,} captions" + (f"; {out['further matches']:,} matches beyond the labelled ones" if 'further matches' in out else ''))
 
-# %% ../nbs/85_cli.ipynb #178d01f3
+# %% ../nbs/85_cli.ipynb #17af7cc8
 @app.command(epilog='Examples:  vlwb bench retrieval   |   vlwb bench imports --json')
 def bench(
     name:Annotated[str, typer.Argument(help='retrieval, scenes or imports.')],
@@ -177,6 +178,7 @@ def bench(
     tiny:Annotated[bool, typer.Option('--tiny', help='A size for trying out; its figures mean nothing.')]=False,
 ):
     "Measure against a named peer and the arithmetic floor, in one run."
-    from vlwb.bench import as_json as to_json, as_table, run_bench
+    from vlwb.bench.measure import as_json as to_json, as_table
+    from vlwb.bench.suite import run_bench
     rows = run_bench(name, tiny=tiny)
     typer.echo(to_json(rows) if as_json else as_table(rows))

@@ -127,7 +127,7 @@ class _AnchorLosses(torch.autograd.Function):
         logit_scale, on_anchors, on_scale = ctx.saved_tensors
         return g[:,None].to(on_anchors.dtype) * on_anchors, (g * on_scale).sum().to(logit_scale), None, None, None, None, None
 
-# %% ../../nbs/23_losses.albef.ipynb #155a5518
+# %% ../../nbs/23_losses.albef.ipynb #159cdea1
 def momentum_anchor_losses(
     anchors:Tensor, # (N,D) unit norm; gradients reach them
     momentum_anchors:Tensor, # (N,D) unit norm, the momentum model's features of the same items
@@ -138,7 +138,7 @@ def momentum_anchor_losses(
 )->Tensor: # (N,) loss of each anchor, float32 at least; 0 for one without a known candidate
     "Cross-entropy of each anchor against softened targets over momentum candidates (arXiv 2107.07651, eq. 6)."
     scale = logit_scale if isinstance(logit_scale, Tensor) else torch.tensor(float(logit_scale), dtype=torch.float64)
-    width = block or max(512, (2**25 if anchors.is_cuda else 2**19) // max(1, 2*len(anchors)))
+    width = block or max(512, (2**25 if anchors.is_cuda else 2**20) // max(1, 2*len(anchors)))
     gradient = torch.is_grad_enabled() and (anchors.requires_grad or scale.requires_grad)
     with torch.autocast(anchors.device.type, enabled=False):
         return _AnchorLosses.apply(anchors, scale, momentum_anchors.detach(), candidates.kept(), float(soft_weight), width, gradient)

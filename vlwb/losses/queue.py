@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['Queue', 'momentum_copy', 'momentum_update_']
 
-# %% ../../nbs/23a_losses.queue.ipynb #027ef824
+# %% ../../nbs/23a_losses.queue.ipynb #02e116fc
 import copy
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from ..core import check_features
+from ..core import check_features, warn_once
 from .processes import gather_rows
-from .infonce import warn_once
 
 # %% ../../nbs/23a_losses.queue.ipynb #069ea9e5
 class Queue(nn.Module):

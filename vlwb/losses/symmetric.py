@@ -115,7 +115,7 @@ class Anchors:
         if candidates.extra_log_weights is not None: logits = safe(logits + candidates.extra_log_weights.detach().to(logits))
         return torch.logaddexp(lse, logits.logsumexp(1))
 
-# %% ../../nbs/20e_losses.symmetric.ipynb #159b225e
+# %% ../../nbs/20e_losses.symmetric.ipynb #15e1e777
 def direction_loss(
     negatives:Tensor, # (A,) log-sum-exp over the negatives of every anchor of every process
     positives:list[tuple[Tensor,Tensor]], # this process's blocks of (P,) anchor and (P,) logit
@@ -126,12 +126,12 @@ def direction_loss(
     "Sum over anchors of -log(positive / (positives + negatives)), as in `anchor_losses`."
     if multi_positive not in ('spread', 'each'): raise ValueError(f"multi_positive must be 'spread' or 'each', got {multi_positive!r}")
     anchor, logit = (torch.cat(x) for x in zip(*positives))
-    count = total(anchor.bincount(minlength=len(negatives)), group)
+    count = total(anchor.bincount(minlength=len(negatives)), group)          # below, logsigmoid: torch's softplus becomes linear at 20
     has = (count > 0)[own]
-    if multi_positive == 'each': return (F.softplus(negatives[anchor] - logit) / count[anchor]).sum(), has.sum()
+    if multi_positive == 'each': return (-F.logsigmoid(logit - negatives[anchor]) / count[anchor]).sum(), has.sum()
     together = merge_logsumexp(segment_logsumexp(logit, anchor, len(negatives)), group)
     apart = ((together[anchor] - logit) / count[anchor]).sum()    # how unequal the positives of an anchor are, and log of their number
-    return F.softplus(negatives - together)[own][has].sum() + apart, has.sum()
+    return -F.logsigmoid(together - negatives)[own][has].sum() + apart, has.sum()
 
 # %% ../../nbs/20e_losses.symmetric.ipynb #21f55c16
 def positives_among(

@@ -7,7 +7,7 @@ __all__ = ['count_rows', 'split_rows', 'Surroundings', 'unpack', 'Call', 'plan_c
            'warn_if_different', 'second_pass', 'batch_norms', 'kept_buffers', 'TwoPass', 'cached_backward',
            'in_micro_batches']
 
-# %% ../../nbs/51_train.cached.ipynb #02988f7d
+# %% ../../nbs/51_train.cached.ipynb #02cb59c4
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
-from ..losses.infonce import warn_once
+from ..core import warn_once
 from ..models.dual import DualEncoder, DualOutput
 
 # %% ../../nbs/51_train.cached.ipynb #0664c9d7
@@ -223,7 +223,7 @@ class _SecondPass(torch.autograd.Function):
         with kept_buffers(ctx.layers): second_pass(ctx.calls, {k: g for k, g in zip(ctx.places, gradients) if g is not None}, ctx.no_sync)
         return None, None, None, None
 
-# %% ../../nbs/51_train.cached.ipynb #31714abf
+# %% ../../nbs/51_train.cached.ipynb #310e1b59
 class TwoPass:
     "An encoder whose features carry the gradient of a whole batch with the memory of a micro-batch (GradCache, arXiv 2101.06983)."
     def __init__(self,
@@ -233,6 +233,7 @@ class TwoPass:
     ):
         if micro_batch < 1: raise ValueError(f'micro_batch must be at least 1, got {micro_batch}')
         self.encode,self.micro_batch,self.no_sync = encode,micro_batch,no_sync or getattr(encode, 'no_sync', nullcontext)
+        self.module = getattr(encode, 'module', encode)                  # where an objective finds what else belongs to the model
 
     def __call__(self,
         images, # (N,...) tensor, dictionary or list

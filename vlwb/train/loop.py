@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ..core import Batch, pick_device, seed_everything, write_atomic
 from ..data.inputs import epoch_order, make_loader
 
-# %% ../../nbs/50_train.loop.ipynb #0571bc56
+# %% ../../nbs/50_train.loop.ipynb #053a1233
 @dataclass(frozen=True)
 class TrainConfig:
     "The settings of one training run; two runs that differ in one field differ in that alone."
@@ -30,6 +30,7 @@ class TrainConfig:
     warmup:float=0.1 # share of the steps in which the rate rises linearly
     clip_norm:float=1. # gradient norm above which gradients are shrunk
     seed:int=0 # initial states and dropout; the batches carry their own
+    micro_batch:int=0 # pairs encoded at a time (`train.cached`): the whole batch's gradient in the memory of these; 0 encodes all at once
     precision:str='auto' # 'auto': bf16 or fp16 on hardware that has it, float32 on a CPU; or 'float32', 'bfloat16', 'float16'
     device:str='auto' # 'auto', 'cpu', 'cuda', ...
     log_every:int=10 # steps between log records

@@ -90,7 +90,7 @@ def encode_set(
     model.train(was_training)
     return AuxFeatures(images.clone(), texts.clone())
 
-# %% ../../nbs/52_train.objectives.ipynb #09217725
+# %% ../../nbs/52_train.objectives.ipynb #09462f59
 class Objective:
     "The function `(model, batch, step) -> (loss, stats)` that a `LossConfig` describes."
     def __init__(self,
@@ -117,23 +117,24 @@ class Objective:
         step:int, # 0-based
     )->tuple[Tensor,dict]: # loss, what to log
         out = model(batch.images, batch.texts)
-        loss, stats = self.on_features(model, out.image_features, out.text_features, batch, step)
+        loss, stats = self.on_features(*out, batch, step, getattr(getattr(model, 'module', model), 'logit_bias', None))
         return loss, dict(logit_scale=out.logit_scale.item(), **stats)
 
     def on_features(self,
-        model:nn.Module, # has logit_scale and, for the sigmoid loss, logit_bias
         image_features:Tensor, # (B,D)
         text_features:Tensor, # (B,D)
+        logit_scale:Tensor, # () multiplier
         batch:Batch, # ids and positions
         step:int, # 0-based
+        logit_bias:Tensor|None=None, # () of a model that has one, for the sigmoid loss
     )->tuple[Tensor,dict]: # loss, statistics
         "The loss on features: what comes after encoding."
         positives = same_ids(batch.image_ids)
         if self.known is not None: positives = positives | look_up(self.known, batch)
         truth = None if self.truth is None else look_up(self.truth, batch)
-        own = image_features, text_features, model.logit_scale
+        own = image_features, text_features, logit_scale
         if self.config.name in ('srcl', 'removal'): return self._weighted(own, positives, truth, batch, step)
-        return self._unweighted(own, positives, truth, batch, getattr(model, 'logit_bias', None)), {}
+        return self._unweighted(own, positives, truth, batch, logit_bias), {}
 
     def _unweighted(self, own, positives, truth, batch, bias):
         "Losses without regulation weights."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Recipe', 'Trained', 'AuxModel', 'train_aux', 'run_recipe']
 
-# %% ../../nbs/54_train.recipe.ipynb #022d1a2c
+# %% ../../nbs/54_train.recipe.ipynb #026b8663
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from ..core import Batch, seed_everything
 from ..losses.infonce import similarity_matrix
+from .cached import in_micro_batches
 from .loop import TrainConfig, train
 from .objectives import AuxFeatures, LossConfig, Objective, encode_set
 
@@ -36,7 +37,7 @@ class Trained(NamedTuple):
     aux:object # H's view of the set, None where the loss needs none
     aux_log:list[dict] # records of H's training
 
-# %% ../../nbs/54_train.recipe.ipynb #0785b80b
+# %% ../../nbs/54_train.recipe.ipynb #07d6c3c0
 class AuxModel:
     "The frozen model H, encoding each batch as it comes: for sets that are streamed or augmented."
     def __init__(self,
@@ -44,14 +45,20 @@ class AuxModel:
     ): self.model = model.eval().requires_grad_(False)
 
     @torch.no_grad()
+    def features(self,
+        batch:Batch, # the same inputs that the model sees
+    )->tuple[Tensor,Tensor]: # (B,D) of the images, (B,D) of the texts
+        "H's features of a batch."
+        out = self.model.to(batch.image_ids.device)(batch.images, batch.texts)
+        return out.image_features, out.text_features
+
     def similarity(self,
         batch:Batch, # the same inputs that the model sees
     )->Tensor: # (B,B) cosines of H
         "H's view of a batch."
-        out = self.model.to(batch.image_ids.device)(batch.images, batch.texts)
-        return similarity_matrix(out.image_features, out.text_features)
+        return similarity_matrix(*self.features(batch))
 
-# %% ../../nbs/54_train.recipe.ipynb #08c4ca36
+# %% ../../nbs/54_train.recipe.ipynb #0818d24f
 def train_aux(
     make_model:Callable[[],nn.Module], # a fresh model of the same architecture
     clean:Callable, # batches of the clean set
@@ -67,11 +74,12 @@ def train_aux(
     if recipe.aux_steps < 1: raise ValueError(f'{recipe.loss.name!r} trusts H: give it aux_steps, or set alpha_start=0 and alpha_end=0')
     seed_everything(recipe.train.seed + 1_000_000)                     # H starts elsewhere than the model
     H = make_model()
-    log = train(H, clean, Objective(LossConfig('infonce', multi_positive=recipe.loss.multi_positive), known=known), replace(recipe.train, steps=recipe.aux_steps),
+    objective = in_micro_batches(Objective(LossConfig('infonce', multi_positive=recipe.loss.multi_positive), known=known), recipe.train.micro_batch)
+    log = train(H, clean, objective, replace(recipe.train, steps=recipe.aux_steps),
                 folder=folder, name='H on clean pairs', progress=progress, identity=identity)
     return (encode_set(H, batches.dataset) if look_up else AuxModel(H)), log
 
-# %% ../../nbs/54_train.recipe.ipynb #09c7df19
+# %% ../../nbs/54_train.recipe.ipynb #09582b74
 def run_recipe(
     make_model:Callable[[],nn.Module], # makes a fresh model; the seed is set before the call
     batches:Callable, # batches(k) yields batch k, k+1, ... of the training set
@@ -95,6 +103,7 @@ def run_recipe(
                                  known if clean is None else None, identity)
     seed_everything(recipe.train.seed)
     model = make_model()
-    log = train(model, batches, Objective(recipe.loss, recipe.model_steps, aux, truth, known), replace(recipe.train, steps=recipe.model_steps),
+    objective = in_micro_batches(Objective(recipe.loss, recipe.model_steps, aux, truth, known), recipe.train.micro_batch)
+    log = train(model, batches, objective, replace(recipe.train, steps=recipe.model_steps),
                 folder=folder, evaluate=evaluate, name=recipe.loss.name, progress=progress, tensorboard=tensorboard, identity=identity)
     return Trained(model, log, aux, aux_log)
