@@ -6,15 +6,14 @@
 __all__ = ['FLOOR', 'MomentumCandidates', 'OnlineSoftmax', 'sweep_candidates', 'momentum_anchor_losses', 'match_codes',
            'known_candidates', 'check_momentum', 'albef_itc', 'soft_weight_ramp']
 
-# %% ../../nbs/23_losses.albef.ipynb #02c200b4
+# %% ../../nbs/23_losses.albef.ipynb #0246158b
 from collections.abc import Iterator
 from dataclasses import dataclass
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from ..core import check_features
 from .regulation import check_mask
-from .tiled import id_codes, join_ids
+from .tiled import first_derivative_only, id_codes, join_ids
 from .processes import gather_ids, gather_rows, row_range, total
 from .infonce import check_logit_scale, check_unit_norm
 
@@ -101,7 +100,7 @@ def sweep_candidates(
         soft.add(logits, tile)
     return soft, hard, known
 
-# %% ../../nbs/23_losses.albef.ipynb #148de0cd
+# %% ../../nbs/23_losses.albef.ipynb #1460fe2f
 class _AnchorLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, anchors, logit_scale, momentum, candidates, soft_weight, width, gradient):
@@ -122,7 +121,7 @@ class _AnchorLosses(torch.autograd.Function):
         return losses.masked_fill_(without, 0)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, g):
         logit_scale, on_anchors, on_scale = ctx.saved_tensors
         return g[:,None].to(on_anchors.dtype) * on_anchors, (g * on_scale).sum().to(logit_scale), None, None, None, None, None

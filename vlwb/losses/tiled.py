@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['SPAN', 'Positives', 'id_codes', 'join_ids', 'find_positives', 'Weighting', 'Guide', 'Tiling', 'as_operand', 'product',
-           'Contrast', 'contrast']
+           'first_derivative_only', 'Contrast', 'contrast']
 
-# %% ../../nbs/20a_losses.tiled.ipynb #02814423
+# %% ../../nbs/20a_losses.tiled.ipynb #02915c89
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import wraps
 from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from .regulation import check_mask, known_positives, mixed_log_similarity
 
 # %% ../../nbs/20a_losses.tiled.ipynb #0640d5fd
@@ -141,13 +141,13 @@ class Guide:
     row_threshold:Tensor # (N,) largest similarity that stays a negative of each row
     column_threshold:Tensor # (M,) and of each column
 
-# %% ../../nbs/20a_losses.tiled.ipynb #1841a97e
+# %% ../../nbs/20a_losses.tiled.ipynb #181f9c7f
 @dataclass(frozen=True)
 class Tiling:
     "How the sweep is cut; it changes time and memory, never the result."
     rows:int|None=None # rows of a tile; by device when None
     columns:int|None=None # columns of a tile; by device when None
-    kept_mb:float=32. # megabytes of tiles kept from forward to backward; math.inf keeps the matrix (faster), 0 none
+    kept_mb:float=20. # megabytes of tiles kept from forward to backward; math.inf keeps the matrix (faster), 0 none
 
     def sides(self,
         device:torch.device, # where the features are
@@ -272,7 +272,18 @@ class _Sweep:
         similarity = as_operand(g.rows[r], self.dtype) @ as_operand(g.columns[c], self.dtype).T
         return (similarity <= g.row_threshold[r,None]).to(self.dtype), (similarity <= g.column_threshold[c]).to(self.dtype)
 
-# %% ../../nbs/20a_losses.tiled.ipynb #24cf3be2
+# %% ../../nbs/20a_losses.tiled.ipynb #24c49d3d
+def first_derivative_only(
+    backward:Callable, # of a torch.autograd.Function, free of autograd
+)->Callable: # the same; `RuntimeError` where a graph of the gradient is wanted
+    "Mark a backward that nobody can differentiate again."
+    @wraps(backward)
+    def checked(ctx, *grads):
+        if torch.is_grad_enabled(): raise RuntimeError('this loss has a first derivative only; for create_graph=True use the plain form of a loss that has one (form="plain")')
+        return backward(ctx, *grads)
+    return checked
+
+# %% ../../nbs/20a_losses.tiled.ipynb #25f78753
 class _Contrast(torch.autograd.Function):
     "Forward keeps sums; backward makes the tiles again, those apart that were kept."
     @staticmethod
@@ -300,7 +311,7 @@ class _Contrast(torch.autograd.Function):
         return *lse, *norm, pair_logits
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, row_grad, column_grad, _, __, pair_grad):
         rows, columns, logit_scale, row_lse, column_lse, pair_logits = ctx.saved_tensors
         sweep, scale = ctx.sweep, ctx.sweep.scale
@@ -325,7 +336,7 @@ class _Contrast(torch.autograd.Function):
         back = lambda d, x, needed: d.to(x.dtype) if needed else None
         return back(d_rows, rows, need_rows), back(d_columns, columns, need_columns), back(d_scale.reshape(logit_scale.shape), logit_scale, need_scale), *[None]*6
 
-# %% ../../nbs/20a_losses.tiled.ipynb #25ad8775
+# %% ../../nbs/20a_losses.tiled.ipynb #26ad8775
 def _gather(lse, norm, tile, both):
     "Add a tile's sums to those of its rows and columns."
     for d, (where, kept) in enumerate(((tile.rows, tile.row_keep), (tile.columns, tile.column_keep))[:2 if both else 1]):
@@ -355,7 +366,7 @@ def _pushes(tile, row_grad, column_grad, row_lse, column_lse, both, out):
     else: torch.mul(tile.row_keep, row_f[:,None], out=out).add_(tile.column_keep * column_f)
     return out.mul_(tile.values)
 
-# %% ../../nbs/20a_losses.tiled.ipynb #268c6be2
+# %% ../../nbs/20a_losses.tiled.ipynb #278c6be2
 def _accumulate(into, g, features, scale, first):
     "into += scale g features, accumulated in the dtype of `into`; the first time it is filled."
     if g.dtype == into.dtype: into.addmm_(g, features, alpha=scale, beta=0 if first else 1)
@@ -381,7 +392,7 @@ def _pull_pairs(d_rows, d_columns, rows, columns, positives, grad):
             if positives.diagonal: d[at].addcmul_(other(d), grad[p,None])
             else: d.index_add_(0, at, other(d) * grad[p,None])
 
-# %% ../../nbs/20a_losses.tiled.ipynb #27cd3df8
+# %% ../../nbs/20a_losses.tiled.ipynb #28cd3df8
 @dataclass(frozen=True, eq=False)
 class Contrast:
     "What one sweep gives: log-sum-exps over the negatives of each row and column, and the positives' logits."
@@ -391,7 +402,7 @@ class Contrast:
     column_log_norm:Tensor|None # (M,) the same for columns
     pair_logits:Tensor # (P,) logits of the positive pairs
 
-# %% ../../nbs/20a_losses.tiled.ipynb #288598d2
+# %% ../../nbs/20a_losses.tiled.ipynb #298598d2
 def contrast(
     rows:Tensor, # (N,D) features, anchors of one direction
     columns:Tensor, # (M,D) features, anchors of the other
