@@ -164,10 +164,15 @@ def test_half_precision():
     v, t = (F.normalize(torch.randn(50, 16, generator=g), dim=1) for _ in range(2))
     for dtype in (torch.float16, torch.bfloat16):
         a, b = v.to(dtype).requires_grad_(), t.to(dtype)
-        with torch.autocast('cpu', dtype=torch.bfloat16): loss = infonce(a, b, 100., form='tiled', tiling=Tiling(16, 16))
+        extra, queue = (F.normalize(torch.randn(*shape, generator=g), dim=-1).to(dtype) for shape in ((50, 2, 16), (30, 16)))
+        with torch.autocast('cpu', dtype=torch.bfloat16): loss = infonce(a, b, 100., form='tiled', tiling=Tiling(16, 16), extra_text_features=extra, image_queue=queue)
         loss.backward()
-        assert loss.dtype == torch.float32 and a.grad.dtype == dtype and a.grad.isfinite().all()
-        assert_close(loss.double(), infonce(a.detach().double(), b.double(), 100., form='plain'), rtol=1e-6, atol=1e-6)
+        exact = infonce(a.detach().double().requires_grad_(), b.double(), 100., extra_text_features=extra.double(), image_queue=queue.double())
+        wide = a.detach().float().requires_grad_()
+        infonce(wide, b.float(), 100., form='tiled', tiling=Tiling(16, 16), extra_text_features=extra.float(), image_queue=queue.float()).backward()
+        assert loss.dtype == torch.float32 and a.grad.dtype == dtype
+        assert_close(a.grad, wide.grad.to(dtype), rtol=0, atol=0)
+        assert_close(loss.double(), exact, rtol=1e-6, atol=1e-6)
 
 
 def test_positives_by_mask_by_ids_and_on_the_diagonal_agree():

@@ -46,7 +46,7 @@ class Filter:
         if group is not None: found = getattr(gather_rows(found[None], group), how)(0)
         return found.masked_fill(found.isinf(), math.inf) + 8 * torch.finfo(limit.dtype).eps
 
-# %% ../../nbs/27_losses.gist.ipynb #106bf23e
+# %% ../../nbs/27_losses.gist.ipynb #1072af87
 @dataclass(frozen=True, eq=False)
 class GuideView:
     "What the guide says of a batch; no gradient flows into it."
@@ -59,11 +59,11 @@ class GuideView:
     )->Tensor: # (P,)
         "Similarity of each of some pairs."
         if self.similarity is not None: return self.similarity[pairs.rows, pairs.columns]
-        return torch.linalg.vecdot(self.images[pairs.rows], self.texts[pairs.columns])
+        with torch.autocast(self.images.device.type, enabled=False): return torch.linalg.vecdot(self.images[pairs.rows], self.texts[pairs.columns])
 
     def matrix(self)->Tensor: # (n,M)
         "Similarity of all pairs."
-        return self.similarity if self.similarity is not None else self.images @ self.texts.T
+        return self.similarity if self.similarity is not None else similarity_matrix(self.images, self.texts)
 
 # %% ../../nbs/27_losses.gist.ipynb #1164c3f5
 def guide_view(

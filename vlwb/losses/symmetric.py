@@ -6,7 +6,7 @@
 __all__ = ['merge_logsumexp', 'safe', 'segment_logsumexp', 'Candidates', 'Anchors', 'direction_loss', 'positives_among',
            'tiled_loss']
 
-# %% ../../nbs/20e_losses.symmetric.ipynb #02f86529
+# %% ../../nbs/20e_losses.symmetric.ipynb #029feadf
 import math
 from dataclasses import dataclass, replace
 import torch
@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from .tiled import Contrast, Guide, Positives, Tiling, Weighting, contrast, find_positives, id_codes, join_ids
+from .regulation import check_mask
 from .processes import gather_ids, gather_rows, row_range, total
 
 # %% ../../nbs/20e_losses.symmetric.ipynb #060722ee
@@ -73,7 +74,7 @@ def _check(name, x, shape, like):
     if x.dtype != like.dtype or x.device != like.device: raise ValueError(f'{name} must be {like.dtype} on {like.device} like the features, got {x.dtype} on {x.device}')
     if x.numel() and not torch.isfinite(x.detach().sum()) and not torch.isfinite(x.detach()).all(): raise ValueError(f'{name} holds NaN or infinity')
 
-# %% ../../nbs/20e_losses.symmetric.ipynb #132d4eb0
+# %% ../../nbs/20e_losses.symmetric.ipynb #13d0226c
 @dataclass(frozen=True, eq=False)
 class Anchors:
     "What one direction has collected about its anchors."
@@ -111,7 +112,7 @@ class Anchors:
         lse = safe(self.lse)
         if self.log_norm is not None: lse = lse + torch.where(self.count > 0, self.count.clamp(min=1).to(lse.dtype).log() - safe(self.log_norm), 0.)
         if candidates.extra is None or not candidates.extra.shape[1]: return lse
-        logits = torch.einsum('ad,akd->ak', anchors.to(lse.dtype), candidates.extra.to(lse.dtype)) * logit_scale
+        with torch.autocast(anchors.device.type, enabled=False): logits = torch.einsum('ad,akd->ak', anchors.to(lse.dtype), candidates.extra.to(lse.dtype)) * logit_scale
         if candidates.extra_log_weights is not None: logits = safe(logits + candidates.extra_log_weights.detach().to(logits))
         return torch.logaddexp(lse, logits.logsumexp(1))
 
@@ -156,7 +157,7 @@ def positives_among(
         if len(ids) != n: raise ValueError(f'{name} must hold one id for each of the {n} rows of this process, got {len(ids)}')
     return find_positives(shape, image_ids, gather_ids(of, group), device=device)
 
-# %% ../../nbs/20e_losses.symmetric.ipynb #2250836f
+# %% ../../nbs/20e_losses.symmetric.ipynb #220a03e9
 def tiled_loss(
     image_features:Tensor, # (N,D) unit norm; with a group, this process's share
     text_features:Tensor, # (M,D) unit norm
@@ -180,6 +181,8 @@ def tiled_loss(
     start, stop, m = row_range(len(text_features), group)
     own, texts = slice(start, stop), gather_rows(text_features, group)
     pairs = positives_among(image_features, text_features, image_ids, text_image_ids, positives, group)
+    if keep is not None: keep = check_mask('keep', keep, pairs.shape, image_features.device)
+    if weighting is not None and weighting.aux_similarity is not None and tuple(weighting.aux_similarity.shape) != pairs.shape: raise ValueError(f'aux_similarity must be {pairs.shape}, got {tuple(weighting.aux_similarity.shape)}')
     across = None if weighting is None else replace(weighting, aux_columns=None if weighting.aux_columns is None else gather_rows(weighting.aux_columns, group))
     c = contrast(image_features, texts, logit_scale, pairs, keep=keep, weighting=across, guide=guide, tiling=tiling)
     image, text = _both_directions(c, pairs.kept(keep), keep, own, group)

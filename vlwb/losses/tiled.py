@@ -272,18 +272,19 @@ class _Sweep:
         similarity = as_operand(g.rows[r], self.dtype) @ as_operand(g.columns[c], self.dtype).T
         return (similarity <= g.row_threshold[r,None]).to(self.dtype), (similarity <= g.column_threshold[c]).to(self.dtype)
 
-# %% ../../nbs/20a_losses.tiled.ipynb #24c49d3d
+# %% ../../nbs/20a_losses.tiled.ipynb #2479b0ef
 def first_derivative_only(
     backward:Callable, # of a torch.autograd.Function, free of autograd
 )->Callable: # the same; `RuntimeError` where a graph of the gradient is wanted
-    "Mark a backward that nobody can differentiate again."
+    "Mark a backward that nobody can differentiate again, and keep autocast out of it."
     @wraps(backward)
     def checked(ctx, *grads):
         if torch.is_grad_enabled(): raise RuntimeError('this loss has a first derivative only; for create_graph=True use the plain form of a loss that has one (form="plain")')
-        return backward(ctx, *grads)
+        device = next(g.device.type for g in grads if g is not None)
+        with torch.autocast(device, enabled=False): return backward(ctx, *grads)
     return checked
 
-# %% ../../nbs/20a_losses.tiled.ipynb #25f78753
+# %% ../../nbs/20a_losses.tiled.ipynb #25e4accd
 class _Contrast(torch.autograd.Function):
     "Forward keeps sums; backward makes the tiles again, those apart that were kept."
     @staticmethod
@@ -320,13 +321,13 @@ class _Contrast(torch.autograd.Function):
         into = lambda x, needed: make(x.shape, dtype=sweep.dtype, device=x.device) if needed else None
         d_rows, d_columns, d_scale = into(rows, need_rows or need_scale), into(columns, need_columns), row_lse.new_zeros(())
         area = min(sweep.height, len(rows)) * min(sweep.width, len(columns))
-        sweep.buffers = [row_lse.new_empty(area) for _ in range(3)]
+        sweep.buffers = [row_lse.new_empty(area) for _ in range(2)]
         for r, across in sweep.slices():
             a = sweep.part(rows, r)
             for c in across:
                 b, size = sweep.part(columns, c), (r.stop - r.start, c.stop - c.start)
                 tile = ctx.kept.get((r.start, c.start)) or sweep.tile(r, c, a, b, sweep.buffer(0, size))
-                g = _pushes(tile, row_grad, column_grad, row_lse, column_lse, ctx.both, sweep.buffer(2, size)).to(a.dtype)
+                g = _pushes(tile, row_grad, column_grad, row_lse, column_lse, ctx.both, sweep.buffer(0, size)).to(a.dtype)
                 if d_rows is not None: _accumulate(d_rows[r], g, b, scale, first=c.start == 0)
                 if d_columns is not None: _accumulate(d_columns[c], g.T, a, scale, first=r.start == 0)
             if need_scale: d_scale += torch.dot(d_rows[r].reshape(-1), rows[r].to(sweep.dtype).reshape(-1)) / scale
@@ -336,7 +337,7 @@ class _Contrast(torch.autograd.Function):
         back = lambda d, x, needed: d.to(x.dtype) if needed else None
         return back(d_rows, rows, need_rows), back(d_columns, columns, need_columns), back(d_scale.reshape(logit_scale.shape), logit_scale, need_scale), *[None]*6
 
-# %% ../../nbs/20a_losses.tiled.ipynb #26ad8775
+# %% ../../nbs/20a_losses.tiled.ipynb #2608ce00
 def _gather(lse, norm, tile, both):
     "Add a tile's sums to those of its rows and columns."
     for d, (where, kept) in enumerate(((tile.rows, tile.row_keep), (tile.columns, tile.column_keep))[:2 if both else 1]):
@@ -344,27 +345,30 @@ def _gather(lse, norm, tile, both):
         if tile.weights is not None: norm[d][where] = torch.logaddexp(norm[d][where], tile.sums(tile.weights, 0., 1 - d))
 
 def _pushes(tile, row_grad, column_grad, row_lse, column_lse, both, out):
-    "dL/dlogit of the negatives of a tile: their share of each sum times that sum's gradient."
+    "dL/dlogit of the negatives of a tile: their share of each sum times that sum's gradient. `out` may be the tile's own memory."
     def factor(grad, lse, where): # (k,) grad exp(shift - lse), 0 where a row has no negative
         lse = lse[where]; empty = lse == -math.inf
         return grad[where].masked_fill(empty, 0), lse.masked_fill(empty, math.inf)
     row_g, row_l = factor(row_grad, row_lse, tile.rows)
     if tile.shift is None:
         rest = 0 if tile.row_keep is None else tile.row_keep.log()
-        torch.exp(tile.values + rest - row_l[:,None], out=out).mul_(row_g[:,None])
+        pushes = (tile.values + rest - row_l[:,None]).exp_().mul_(row_g[:,None])
         if both:
             column_g, column_l = factor(column_grad, column_lse, tile.columns)
             rest = 0 if tile.column_keep is None else tile.column_keep.log()
-            out.add_((tile.values + rest - column_l).exp_().mul_(column_g))
-        return out
+            pushes.add_((tile.values + rest - column_l).exp_().mul_(column_g))
+        return out.copy_(pushes)
     most = SPAN/2 + 2                                             # of a row with a negative in this tile; beyond it the tile holds zeros only
     row_f = row_g * (tile.shift - row_l).clamp(max=most).exp()
     if not both: torch.mul(tile.values, row_f[:,None], out=out); return out if tile.row_keep is None else out.mul_(tile.row_keep)
     column_g, column_l = factor(column_grad, column_lse, tile.columns)
     column_f = column_g * (tile.shift - column_l).clamp(max=most).exp()
-    if tile.row_keep is None: torch.add(row_f[:,None], column_f, out=out)
-    else: torch.mul(tile.row_keep, row_f[:,None], out=out).add_(tile.column_keep * column_f)
-    return out.mul_(tile.values)
+    for part in range(0, len(out), 128):                                       # a few rows at a time: the factors stay in the cache
+        p = slice(part, part + 128)
+        if tile.row_keep is None: both_f = row_f[p,None] + column_f
+        else: both_f = (tile.row_keep[p] * row_f[p,None]).addcmul_(tile.column_keep[p], column_f)
+        torch.mul(tile.values[p], both_f, out=out[p])
+    return out
 
 # %% ../../nbs/20a_losses.tiled.ipynb #278c6be2
 def _accumulate(into, g, features, scale, first):
