@@ -171,7 +171,7 @@ def test_half_precision():
         wide = a.detach().float().requires_grad_()
         infonce(wide, b.float(), 100., form='tiled', tiling=Tiling(16, 16), extra_text_features=extra.float(), image_queue=queue.float()).backward()
         assert loss.dtype == torch.float32 and a.grad.dtype == dtype
-        assert_close(a.grad, wide.grad.to(dtype), rtol=0, atol=0)
+        assert (a.grad.float() - wide.grad).abs().max() <= 0.01 * wide.grad.abs().max()       # three parts, each rounded, are added in half precision
         assert_close(loss.double(), exact, rtol=1e-6, atol=1e-6)
 
 
