@@ -116,7 +116,7 @@ def largest_difference(
     results = [(loss.detach(), *torch.autograd.grad(loss, leaves)) for loss in (ours(), theirs())]
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*results))
 
-# %% ../../nbs/80a_bench.losses.ipynb #15ef9642
+# %% ../../nbs/80a_bench.losses.ipynb #1542b208
 LEAN, WHOLE = Tiling(), Tiling(kept_mb=math.inf)
 
 def bench_pairs(
@@ -149,8 +149,7 @@ def memory_of_pairs(
     losses:dict[str,Callable], # which forms
 )->list[Row]: # megabytes and ratios
     "Memory of one step beyond what the features and their gradients held before it, each form in a fresh process."
-    setup = f'''import math, torch
-from vlwb.bench.losses import LEAN, WHOLE, albef_formulation, albef_itc, clip_loss, gist, gist_by_broadcast, infonce, srcl, unit_features
+    setup = f'''import math, torch; from vlwb.bench.losses import LEAN, WHOLE, albef_formulation, albef_itc, clip_loss, gist, gist_by_broadcast, infonce, srcl, unit_features
 def make(B, D): return [unit_features(B, D, seed=s).requires_grad_(s < 2) for s in range(4)] + [torch.tensor(1/0.07, requires_grad=True)]
 steps = {{'open_clip': lambda v, t, h, g, s: clip_loss(v, t, s), 'lean': lambda v, t, h, g, s: infonce(v, t, s, form='tiled', tiling=LEAN),
          'one matrix': lambda v, t, h, g, s: infonce(v, t, s, form='tiled', tiling=WHOLE), 'SRCL': lambda v, t, h, g, s: srcl(v, t, s, aux_image_features=h, aux_text_features=g, alpha=0.5, form='tiled')}}
@@ -158,7 +157,7 @@ steps = {{'open_clip': lambda v, t, h, g, s: clip_loss(v, t, s), 'lean': lambda 
     megabytes = {k: peak_memory(setup + f'step = steps[{k!r}]; step(*make(64, {D})).backward(); x = make({B}, {D})', 'step(*x).backward()') for k in losses}
     return [row(f'{k} memory', m, 'MB') for k, m in megabytes.items()] + [row(f'{k} memory / open_clip', m / megabytes['open_clip'], peer="open_clip's ClipLoss") for k, m in megabytes.items() if k != 'open_clip']
 
-# %% ../../nbs/80a_bench.losses.ipynb #17a5a989
+# %% ../../nbs/80a_bench.losses.ipynb #172d9e74
 def bench_queue(
     B:int=64, # pairs
     Q:int=65_536, # queue
@@ -176,8 +175,7 @@ def bench_queue(
     times = interleaved({'ALBEF': train_step(theirs, v, t, scale), 'ours': train_step(ours, v, t, scale), 'floor': lambda: six_products(v, vq)}, repeats=repeats)
     sizes, goals = f'B = {B}, Q = {Q}, D = {D}, {torch.get_num_threads()} threads', goals or {}
     row = lambda name, value, unit='x', peer='': make_row(name, value, unit, goals.get(name, ''), peer, sizes)
-    setup = f'''import torch
-from vlwb.bench.losses import LEAN, WHOLE, albef_formulation, albef_itc, clip_loss, gist, gist_by_broadcast, infonce, srcl, unit_features
+    setup = f'''import torch; from vlwb.bench.losses import LEAN, WHOLE, albef_formulation, albef_itc, clip_loss, gist, gist_by_broadcast, infonce, srcl, unit_features
 def make(B, Q, D): return [unit_features(B, D, seed=s).requires_grad_(s < 2) for s in range(4)] + [unit_features(Q, D, seed=s) for s in (4, 5)] + [torch.tensor(1/0.07, requires_grad=True)]
 ours = lambda v, t, vm, tm, vq, tq, s: albef_itc(v, t, s, momentum_image_features=vm, momentum_text_features=tm, image_queue=vq, text_queue=tq)
 theirs = lambda v, t, vm, tm, vq, tq, s: albef_formulation(v, t, s, vm, tm, vq, tq)
@@ -190,7 +188,7 @@ theirs = lambda v, t, vm, tm, vq, tq, s: albef_formulation(v, t, s, vm, tm, vq, 
              'ALBEF': peak_memory(setup + f'turn = lambda x: x[:4] + [x[4].T.contiguous(), x[5].T.contiguous()] + x[6:]\ntheirs(*turn(make(4, 8, {D}))).backward(); x = turn(make({B}, {Q}, {D}))', 'theirs(*x).backward()')}
     return rows + [*(row(f'{k}, queue, memory', m, 'MB') for k, m in taken.items()), row('albef_itc memory / ALBEF', taken['ours'] / taken['ALBEF'], peer="ALBEF's formulation")]
 
-# %% ../../nbs/80a_bench.losses.ipynb #1998e3b1
+# %% ../../nbs/80a_bench.losses.ipynb #1973da3d
 def bench_gist(
     B:int=1024, # pairs
     D:int=512, # width, of the guide too
@@ -206,8 +204,7 @@ def bench_gist(
     slow = interleaved({'sentence-transformers': train_step(theirs, v, t)}, repeats=repeats, warmup=0)
     sizes, goals = f'B = {B}, D = {D}, {torch.get_num_threads()} threads', goals or {}
     row = lambda name, value, unit='x', peer='': make_row(name, value, unit, goals.get(name, ''), peer, sizes)
-    setup = f'''import torch
-from vlwb.bench.losses import LEAN, WHOLE, albef_formulation, albef_itc, clip_loss, gist, gist_by_broadcast, infonce, srcl, unit_features
+    setup = f'''import torch; from vlwb.bench.losses import LEAN, WHOLE, albef_formulation, albef_itc, clip_loss, gist, gist_by_broadcast, infonce, srcl, unit_features
 def make(B): return [unit_features(B, {D}, seed=s).requires_grad_(s < 2) for s in range(4)]
 ours = lambda v, t, g, h: gist(v, t, 20., guide_image_features=g, guide_text_features=h, intra=True, symmetric=False)
 theirs = lambda v, t, g, h: gist_by_broadcast(v, t, 20., g, h)

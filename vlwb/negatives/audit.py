@@ -115,7 +115,7 @@ def score_pairs(
     near = join(closest).long().cpu().numpy() if evidence.has_text else np.full(len(images), -1)
     return PairScores(numpy(_combine(text, image, evidence)), numpy(text), numpy(image), near)
 
-# %% ../../nbs/31_negatives.audit.ipynb #111b74f7
+# %% ../../nbs/31_negatives.audit.ipynb #119b5ce2
 def _combine(text:Tensor|None, image:Tensor|None, e:Evidence) -> Tensor:
     "One score from the parts: the only one there is, or the weighted mean of the two, standardised."
     if image is None or text is None: return text if image is None else image
@@ -140,7 +140,7 @@ def _scale(e:Evidence, count:int=50_000) -> tuple:
     stats = []
     for name, part in (('text', parts.text), ('image', parts.image)):
         part = part[np.isfinite(part)]
-        if len(part) < 2 or not part.std() > 0: raise ValueError(f'the {name} scores of cross pairs do not vary: there is nothing to standardise; pass one route only')
+        if len(part) < 2 or not part.std() > 1e-6: raise ValueError(f'the {name} scores of cross pairs do not vary: there is nothing to standardise; pass one route only')
         stats.append((float(part.mean()), float(part.std())))
     return tuple(stats)
 
