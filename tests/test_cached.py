@@ -46,19 +46,26 @@ def unit(n, seed): return F.normalize(torch.randn(n, 4, generator=torch.Generato
 
 def family(n, rows=slice(None), group=None):
     "name -> loss of (image_features, text_features, logit_scale, logit_bias) for these rows of a batch of n pairs, the first four of which show two images."
+    from vlwb.losses.albef import albef_itc
     from vlwb.losses.cyclip import cyclip
     from vlwb.losses.debiased import dcl, hcl
+    from vlwb.losses.gist import gist
     from vlwb.losses.siglip import siglip
+    from vlwb.losses.soft import soft_targets
     from vlwb.losses.vse import vse
     ids = dict(image_ids=torch.tensor([i // 2 if i < 4 else i for i in range(n)])[rows], group=group)
+    def other(v, seed): return F.normalize(torch.randn(n, v.shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=1)[rows].to(v.dtype)
     def h(v): return dict(aux_image_features=unit(n, 3)[rows].to(v.dtype), aux_text_features=unit(n, 4)[rows].to(v.dtype))
     return dict(
         infonce=lambda v, t, s, b: infonce(v, t, s, **ids), infonce_each=lambda v, t, s, b: infonce(v, t, s, multi_positive='each', form='tiled', **ids),
         srcl=lambda v, t, s, b: srcl(v, t, s, **h(v), alpha=0.5, similarity_temperature=0.3, **ids),
         srcl_own=lambda v, t, s, b: srcl(v, t, s, alpha=0., similarity_temperature=0.3, **ids),
         siglip=lambda v, t, s, b: siglip(v, t, s, logit_bias=b, **ids), vse=lambda v, t, s, b: vse(v, t, **ids),
-        hcl=lambda v, t, s, b: hcl(v, t, s, **ids), dcl=lambda v, t, s, b: dcl(v, t, s, **ids), cyclip=lambda v, t, s, b: cyclip(v, t, s, **ids))
-NAMES = 'infonce', 'infonce_each', 'srcl', 'srcl_own', 'siglip', 'vse', 'hcl', 'dcl', 'cyclip'
+        hcl=lambda v, t, s, b: hcl(v, t, s, **ids), dcl=lambda v, t, s, b: dcl(v, t, s, **ids), cyclip=lambda v, t, s, b: cyclip(v, t, s, **ids),
+        gist=lambda v, t, s, b: gist(v, t, s, guide_image_features=other(v, 3), guide_text_features=other(v, 4), **ids),
+        soft=lambda v, t, s, b: soft_targets(v, t, s, target_image_features=other(v, 3), target_text_features=other(v, 4), target_scale=5., mix=0.5, **ids),
+        albef=lambda v, t, s, b: albef_itc(v, t, s, momentum_image_features=other(v, 5), momentum_text_features=other(v, 6), **ids))
+NAMES = 'infonce', 'infonce_each', 'srcl', 'srcl_own', 'siglip', 'vse', 'hcl', 'dcl', 'cyclip', 'gist', 'soft', 'albef'
 
 
 def step(model, run, seed=7):

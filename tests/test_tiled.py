@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch.testing import assert_close
 from vlwb.core import make_generator, same_ids
+from vlwb.losses.gist import gist
 from vlwb.losses.infonce import anchor_losses, infonce
 from vlwb.losses.regulation import regulation_log_weights
 from vlwb.losses.srcl import srcl
@@ -14,6 +15,7 @@ F64 = torch.float64
 few = settings(max_examples=60, deadline=None)
 cuts = st.builds(Tiling, st.integers(1, 9), st.integers(1, 9), st.sampled_from([0., 1e-4, 1e-3, math.inf]))
 alphas = st.sampled_from([None, 0., 0.4, 1.])           # None is InfoNCE
+temperatures = st.sampled_from([0.1, 0.5, math.inf])
 
 
 @st.composite
@@ -43,10 +45,10 @@ def same_loss_and_gradients(a, b, leaves, **tolerance):
 
 
 @few
-@given(batches(), cuts, alphas, st.sampled_from(['mean', 'softmax']), st.sampled_from(['spread', 'each']), st.sampled_from([1., 20., 100., 700.]))
-def test_equals_the_plain_form(b, cut, alpha, norm, form, scale):
+@given(batches(), cuts, alphas, st.sampled_from(['mean', 'softmax']), st.sampled_from(['spread', 'each']), st.sampled_from([1., 20., 100., 700.]), temperatures)
+def test_equals_the_plain_form(b, cut, alpha, norm, form, scale, tau_s):
     scale = torch.tensor(scale, dtype=F64, requires_grad=True)
-    kw = dict(alpha=alpha, norm=norm, keep=b['keep'], multi_positive=form)
+    kw = dict(alpha=alpha, norm=norm, tau_s=tau_s, keep=b['keep'], multi_positive=form)
     same_loss_and_gradients(call(b, scale, form='plain', **kw), call(b, scale, form='tiled', tiling=cut, **kw), (b['v'], b['t'], scale), rtol=1e-9, atol=1e-9)
 
 
@@ -178,8 +180,7 @@ def test_half_precision():
 def test_positives_by_mask_by_ids_and_on_the_diagonal_agree():
     for made in (find_positives((5, 5)), find_positives((5, 5), ['a', 'b', 'c', 'd', 'e']), find_positives((5, 5), positives=torch.eye(5).bool())):
         assert isinstance(made, Positives) and made.mask().equal(torch.eye(5).bool())
-    assert Weighting(norm='softmax', similarity_temperature=0.05).fits_a_tile is False
-    with pytest.raises(ValueError, match='whole rows'): srcl(torch.eye(3), torch.eye(3), 5., alpha=0., norm='softmax', similarity_temperature=0.05, form='tiled')
+    assert Weighting(norm='softmax', similarity_temperature=0.05).sharp and not Weighting(norm='softmax').sharp and not Weighting(similarity_temperature=0.05).sharp
     with pytest.raises(ValueError, match='form must be'): infonce(torch.eye(3), torch.eye(3), 5., form='fast')
     with pytest.raises(ValueError, match='not with tiles'): infonce(torch.eye(3), torch.eye(3), 5., form='tiled', log_weights_per_image=torch.zeros(3, 3))
 
@@ -192,3 +193,79 @@ def test_a_small_loss_keeps_its_digits():
     exact = infonce(v, t, 100., form='plain')
     assert 1e-6 < exact < 1e-2
     assert_close(infonce(v.float(), t.float(), 100., form='tiled').double(), exact, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize('scale', [20., 72., 100.])
+def test_guide_in_float32(scale):
+    "A guide that takes out the candidates nearest to some rows of a tile, with and without the other direction."
+    g = make_generator(0)
+    for seed in range(30):
+        g = make_generator(seed)
+        unit = lambda n, d: F.normalize(torch.randn(n, d, generator=g), dim=1)
+        d = 1 + seed % 3
+        v, t, hv, ht = unit(6, d).requires_grad_(), unit(6, d).requires_grad_(), unit(6, 3), unit(6, 3)
+        kw = dict(guide_image_features=hv, guide_text_features=ht)
+        for symmetric in (True, False):
+            plain, tiled = (gist(v, t, scale, symmetric=symmetric, form=form, tiling=Tiling(4, 2, 0), **kw) for form in ('plain', 'tiled'))
+            assert_close(plain, tiled, rtol=1e-5, atol=1e-4)
+            for x, y in zip(torch.autograd.grad(plain, (v, t)), torch.autograd.grad(tiled, (v, t))): assert_close(x, y, rtol=1e-3, atol=1e-4*scale)
+
+
+@pytest.mark.parametrize('delta, tau_s, reach', [(11., 1., 1.), (1., 0.1, 1.), (1., 1., 6.), (31., math.inf, 1.)])
+def test_sharp_softmax_weights(delta, tau_s, reach):
+    "Exponents delta/s in the tens and thousands: the tiled form holds them, in float64 exactly, in float32 as the plain form does."
+    g = make_generator(0)
+    unit = lambda n, d: F.normalize(torch.randn(n, d, generator=g, dtype=F64), dim=1)
+    v, t, aux = unit(12, 6).requires_grad_(), unit(12, 6).requires_grad_(), reach*(2*torch.rand(12, 12, generator=g, dtype=F64) - 1)
+    kw = dict(alpha=1., norm='softmax', delta=delta, similarity_temperature=tau_s)
+    plain, tiled = (srcl(v, t, 72., aux_similarity=aux, form=form, tiling=Tiling(5, 4, 0), **kw) for form in ('plain', 'tiled'))
+    same_loss_and_gradients(plain, tiled, (v, t), rtol=1e-7, atol=1e-7)
+    narrow = srcl(v.float(), t.float(), 72., aux_similarity=aux.float(), form='tiled', **kw)
+    assert narrow.dtype == torch.float32 and abs(narrow - plain) < 1e-2 * abs(plain)
+    with pytest.raises(ValueError, match='whole rows'): srcl(v, t, 5., alpha=0., norm='softmax', similarity_temperature=0.01, form='tiled')
+
+
+def test_changes_between_forward_and_backward_are_errors():
+    g = make_generator(0)
+    v, t, h, keep = F.normalize(torch.randn(9, 4, generator=g), dim=1).requires_grad_(), F.normalize(torch.randn(9, 4, generator=g), dim=1), torch.randn(9, 9, generator=g), torch.ones(9, 9).bool()
+    for changed, change in ((keep, lambda: keep.fill_(False)), (h, lambda: h.neg_())):
+        loss = srcl(v, t, 10., aux_similarity=h, keep=keep, form='tiled', tiling=Tiling(4, 4, 0)); change()
+        with pytest.raises(RuntimeError, match='modified by an inplace operation'): loss.backward()
+        change() if changed is h else keep.fill_(True)
+
+
+def test_nothing_is_kept_after_backward_or_without_a_gradient():
+    g = make_generator(0)
+    v, t = (F.normalize(torch.randn(300, 8, generator=g), dim=1).requires_grad_() for _ in range(2))
+    node = lambda loss: next(n for n in _nodes(loss.grad_fn) if 'Contrast' in type(n).__name__)
+    loss = infonce(v, t, 10., tiling=Tiling(100, 100, math.inf)); found = node(loss)
+    assert len(found.kept) == 9
+    loss.backward(retain_graph=True); assert len(found.kept) == 0
+    first = v.grad.clone(); v.grad = None; loss.backward(); assert torch.equal(first, v.grad)
+
+
+def _nodes(node):
+    seen, queue = set(), [node]
+    while queue:
+        n = queue.pop()
+        if n is None or n in seen: continue
+        seen.add(n); queue += [k for k, _ in n.next_functions]
+        yield n
+
+
+def test_two_threads_on_one_graph():
+    from concurrent.futures import ThreadPoolExecutor
+    g = make_generator(0)
+    v, t = (F.normalize(torch.randn(200, 8, generator=g), dim=1).requires_grad_() for _ in range(2))
+    loss = infonce(v, t, 10., form='tiled', tiling=Tiling(30, 30, 0))
+    exact, = torch.autograd.grad(loss, v, retain_graph=True)
+    with ThreadPoolExecutor(2) as pool: found = list(pool.map(lambda _: torch.autograd.grad(loss, v, retain_graph=True)[0], range(8)))
+    for x in found: assert torch.equal(x, exact)
+
+
+@pytest.mark.parametrize('what', [dict(image_ids=torch.ones(6, 1)), dict(image_ids=[1, 2]), dict(image_ids='abcdef'), dict(image_ids=torch.arange(6), text_image_ids=list('abcdef')), dict(positives=torch.ones(5, 6).bool())])
+@pytest.mark.parametrize('form', ['plain', 'tiled'])
+def test_ids_are_refused_alike_in_both_forms(what, form):
+    x = F.normalize(torch.randn(6, 4, generator=make_generator(0)), dim=1)
+    with pytest.raises(ValueError, match='ids|positives'): infonce(x, x, 5., form=form, **what)
+    with pytest.raises(ValueError, match='known positive'): infonce(x, x, 5., form=form, positives=torch.zeros(6, 6).bool(), keep=torch.ones(6, 6).bool())

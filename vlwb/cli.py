@@ -107,7 +107,7 @@ def audit(
     typer.echo(f"{s['suspects_listed']} suspects in {out/'suspects.jsonl'}, with pictures in {out/'audit.html'}.")
     typer.echo(f"Next: review the list (delete lines, or give them \"verdict\": \"no match\"), then  vlwb train {_repeat(pairs, images, format, split, skip_bad)} --known {out/'suspects.jsonl'}")
 
-# %% ../nbs/85_cli.ipynb #14454d15
+# %% ../nbs/85_cli.ipynb #145ce5f2
 @app.command(epilog='Examples:  vlwb train captions.jsonl --images photos --out run --loss srcl --aux-steps 200   |   vlwb train features.npz --out run')
 def train(
     pairs:Source,
@@ -129,6 +129,14 @@ def train(
     norm:Annotated[str, typer.Option(help='mean or softmax.')]='mean',
     delta:Annotated[float, typer.Option(help='Sharpness of norm softmax.')]=1.,
     threshold:Annotated[float, typer.Option(help='Weight below which removal drops a negative.')]=0.25,
+    multi_positive:Annotated[str, typer.Option(help='spread or each: how several known positives share an anchor.')]='spread',
+    tau_plus:Annotated[float, typer.Option(help='dcl and hcl: expected share of false negatives. Too large a share silences the loss.')]=0.001,
+    beta:Annotated[float, typer.Option(help='hcl: weight on the hard negatives.')]=1.,
+    guide_margin:Annotated[float, typer.Option(help='gist: how far below the positive a negative must lie for H to keep it.')]=0.,
+    soft_weight:Annotated[float, typer.Option(help="soft: share of H's targets.")]=0.5,
+    soft_scale:Annotated[float, typer.Option(help="soft: multiplier of H's similarities within a modality.")]=10.,
+    margin:Annotated[float, typer.Option(help='vse and vse_sum.')]=0.2,
+    consistency:Annotated[float, typer.Option(help='cyclip: weight of each of its two terms.')]=0.25,
     hidden:Annotated[int, typer.Option(min=0, help='Width of a layer between frozen features and projections; 0 for none.')]=0,
     projection_dim:Annotated[int, typer.Option(min=1, help='Width of the shared space.')]=256,
     checkpoint_every:Annotated[int, typer.Option(min=0, help='Steps between checkpoints; 0: only at the end.')]=200,
@@ -142,7 +150,9 @@ def train(
     from vlwb.train.recipe import Recipe
     from vlwb.workflows import InputConfig, train_pairs
     own = dict(alpha_start=0., alpha_end=0.) if aux_steps == 0 else {}
-    recipe = Recipe(LossConfig(loss, similarity_temperature=similarity_temperature, norm=norm, delta=delta, threshold=threshold, **own),
+    chosen = LossConfig(loss, multi_positive, similarity_temperature=similarity_temperature, norm=norm, delta=delta, threshold=threshold, guide_margin=guide_margin, soft_weight=soft_weight,
+                        soft_scale=soft_scale, tau_plus=tau_plus, beta=beta, consistency=consistency, margin=margin, **own)
+    recipe = Recipe(chosen,
                     TrainConfig(steps=steps, lr=lr, seed=seed, micro_batch=micro_batch, device=device, checkpoint_every=checkpoint_every), aux_steps)
     done = train_pairs(pairs, out, recipe, InputConfig(kind, vision, text, clip, vision_pooling, text_pooling, hidden=hidden, projection_dim=projection_dim), images, format, split, clean, known, batch_size,
                        'skip' if skip_bad else 'raise', tensorboard=tensorboard)
@@ -170,10 +180,10 @@ def evaluate(
             for name, found in out.items() if isinstance(found, dict) for side, title in sides.items()]
     print_table(rows, f"{out['images']:,} images, {out['captions']:,} captions" + (f"; {out['further matches']:,} matches beyond the labelled ones" if 'further matches' in out else ''))
 
-# %% ../nbs/85_cli.ipynb #17af7cc8
-@app.command(epilog='Examples:  vlwb bench retrieval   |   vlwb bench imports --json')
+# %% ../nbs/85_cli.ipynb #17d78c43
+@app.command(epilog='Examples:  vlwb bench losses   |   vlwb bench retrieval   |   vlwb bench imports --json')
 def bench(
-    name:Annotated[str, typer.Argument(help='retrieval, scenes or imports.')],
+    name:Annotated[str, typer.Argument(help='losses, retrieval, scenes or imports.')],
     as_json:Annotated[bool, typer.Option('--json', help='Print JSON.')]=False,
     tiny:Annotated[bool, typer.Option('--tiny', help='A size for trying out; its figures mean nothing.')]=False,
 ):

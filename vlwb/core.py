@@ -72,11 +72,13 @@ class Batch:
         texts = {k: move(v) for k, v in self.texts.items()} if isinstance(self.texts, Mapping) else move(self.texts)
         return Batch(move(self.images), texts, move(self.image_ids), move(self.index))
 
-# %% ../nbs/00_core.ipynb #22b25876
+# %% ../nbs/00_core.ipynb #22a453fb
 def check_features(
     **features:Tensor, # named (N,D) tensors; all must share D, dtype and device
 )->None:
     "`ValueError` that names the argument and its shape unless all are finite floating (N,D) tensors of one D, dtype and device."
+    for name, f in features.items():
+        if not isinstance(f, Tensor): raise ValueError(f'{name} must be a tensor (N,D), got {type(f).__name__}')
     shapes = ', '.join(f'{k} {tuple(v.shape)} {str(v.dtype).removeprefix("torch.")} on {v.device}' for k, v in features.items())
     for name, f in features.items():
         if f.ndim != 2: raise ValueError(f'{name} must be (N,D), one row an item; got {shapes}')

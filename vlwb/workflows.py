@@ -29,7 +29,7 @@ from .train.objectives import LossConfig, encode_set
 from .train.recipe import Recipe, Trained, run_recipe
 from .viz.report import Table, write_audit
 
-# %% ../nbs/83_workflows.ipynb #054c788d
+# %% ../nbs/83_workflows.ipynb #0543ed70
 KINDS = 'frozen', 'tiny', 'towers', 'clip'
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class InputConfig:
     hidden:int=0 # width of a layer before the projections of features
     projection_dim:int=256 # width of the shared space
     logit_scale:float=1/0.07 # starting scale
+    logit_bias:float|None=None # where a learned bias starts, for the sigmoid loss
 
     def __post_init__(self):
         if self.kind not in (*KINDS, 'features'): raise ValueError(f'kind must be one of {KINDS}, got {self.kind!r}')
@@ -101,7 +102,7 @@ def image_transform(
     size = config.image_size or (p.crop_size if crops else p.size)
     return ImageTransform(size if isinstance(size, int) else size.get('height') or size['shortest_edge'], tuple(p.image_mean), tuple(p.image_std), squash=not crops and 'height' in (p.size or {}))
 
-# %% ../nbs/83_workflows.ipynb #074b121a
+# %% ../nbs/83_workflows.ipynb #07347b0a
 def as_dataset(
     data:Pairs|FeatureSet, # from `read_set`
     config:InputConfig, # how it is seen
@@ -146,9 +147,9 @@ def make_model(
         size = (c.image_size or 32)
         specs = asdict(VisionConfig(image_size=size)), asdict(TextConfig(vocab_size=tokens.vocab_size, max_length=tokens.max_length))
     else: specs = tuple(dict(features=f.shape[1], hidden=c.hidden) for f in (dataset.image_features, dataset.text_features))
-    return DualEncoder(DualEncoderConfig(*specs, projection_dim=c.projection_dim, logit_scale=c.logit_scale))
+    return DualEncoder(DualEncoderConfig(*specs, projection_dim=c.projection_dim, logit_scale=c.logit_scale, logit_bias=c.logit_bias))
 
-# %% ../nbs/83_workflows.ipynb #09146333
+# %% ../nbs/83_workflows.ipynb #09edae1f
 def train_pairs(
     source:str|Path, # pairs or features
     out:str|Path, # the run's folder
@@ -167,6 +168,7 @@ def train_pairs(
     "Train a dual encoder on somebody's own pairs and save it."
     data = read_set(source, images, format, split, on_error)
     config = replace(config, kind='features') if isinstance(data, FeatureSet) else config
+    if recipe.loss.name == 'siglip' and config.logit_bias is None: config = replace(config, logit_scale=10., logit_bias=-10.)      # the paper's start
     dataset = as_dataset(data, config)
     batches = lambda d: Batches(d, min(batch_size, len(np.unique(d.caption_image))), seed=recipe.train.seed)
     clean_data = None if clean is None else read_set(clean, images, on_error=on_error)

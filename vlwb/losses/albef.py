@@ -6,13 +6,13 @@
 __all__ = ['FLOOR', 'MomentumCandidates', 'OnlineSoftmax', 'sweep_candidates', 'momentum_anchor_losses', 'match_codes',
            'known_candidates', 'check_momentum', 'albef_itc', 'soft_weight_ramp']
 
-# %% ../../nbs/23_losses.albef.ipynb #0246158b
+# %% ../../nbs/23_losses.albef.ipynb #02ec13fb
 from collections.abc import Iterator
 from dataclasses import dataclass
 import torch
 from torch import Tensor
 from ..core import check_features
-from .regulation import check_mask
+from .regulation import check_ids, check_mask
 from .tiled import first_derivative_only, id_codes, join_ids
 from .processes import gather_ids, gather_rows, row_range, total
 from .infonce import check_logit_scale, check_unit_norm
@@ -142,7 +142,7 @@ def momentum_anchor_losses(
     with torch.autocast(anchors.device.type, enabled=False):
         return _AnchorLosses.apply(anchors, scale, momentum_anchors.detach(), candidates.kept(), float(soft_weight), width, gradient)
 
-# %% ../../nbs/23_losses.albef.ipynb #209cccd6
+# %% ../../nbs/23_losses.albef.ipynb #20c2b500
 def match_codes(
     shape:tuple[int,int], # (N,M): images and texts of this process
     image_ids=None, # (N,) ids of the images; the diagonal when None
@@ -157,10 +157,7 @@ def match_codes(
         if text_image_ids is not None or queue_ids is not None: raise ValueError('text_image_ids and queue_ids need image_ids beside them')
         if n != m: raise ValueError(f'{n} images and {m} texts have no diagonal: give positives ({n},{m}), or image_ids ({n},) and text_image_ids ({m},)')
         image_ids = torch.arange(*row_range(n, group)[:2], device=device)
-    texts, name = (image_ids, 'image_ids') if text_image_ids is None else (text_image_ids, 'text_image_ids')
-    if len(image_ids) != n: raise ValueError(f'image_ids must hold one id for each of the {n} images, got {len(image_ids)}')
-    if len(texts) != m: raise ValueError(f'{name} must hold one id for each of the {m} texts, got {len(texts)}')
-    here = [ids.to(device) if isinstance(ids, Tensor) else ids for ids in (image_ids, texts)]
+    here = [ids.to(device) if isinstance(ids, Tensor) else ids for ids in check_ids(shape, image_ids, text_image_ids)]
     return id_codes(*here, *(gather_ids(ids, group) for ids in here), *(() if queue_ids is None else (queue_ids,)), device=device)
 
 # %% ../../nbs/23_losses.albef.ipynb #215972bc
@@ -216,7 +213,7 @@ def check_momentum(
         if not queue.is_floating_point() or queue.device != image_features.device: raise ValueError(f'both queues must be floating and on {image_features.device}; got {image_queue.dtype} on {image_queue.device}, {text_queue.dtype} on {text_queue.device}')
     if queue_ids is not None and len(queue_ids) != len(image_queue): raise ValueError(f'queue_ids must hold one id for each of the {len(image_queue)} entries, got {len(queue_ids)}')
 
-# %% ../../nbs/23_losses.albef.ipynb #2764fe77
+# %% ../../nbs/23_losses.albef.ipynb #276a09ab
 def albef_itc(
     image_features:Tensor, # (N,D) unit norm
     text_features:Tensor, # (M,D) unit norm
@@ -236,6 +233,7 @@ def albef_itc(
     group=None, # process group: features and ids are then this process's share, masks (n,M) have the texts of all processes in their columns; the queue is the same everywhere
 )->Tensor: # scalar (L_v + L_t) / 2, float32 at least
     "ALBEF's image-text contrastive loss with momentum distillation (arXiv 2107.07651, eq. 1, 2 and 6)."
+    if block is not None and (not isinstance(block, int) or block < 1): raise ValueError(f'block must be a whole number of at least 1, got {block!r}')
     logit_scale = check_logit_scale(logit_scale)
     if not 0 <= soft_weight <= 1: raise ValueError(f'soft_weight is a share of the target and must lie in [0,1], got {soft_weight}')
     check_momentum(image_features, text_features, momentum_image_features, momentum_text_features, image_queue, text_queue, queue_ids)

@@ -18,7 +18,7 @@ from .blocks import sum_over_blocks
 from .tiled import Tiling
 from .infonce import infonce
 
-# %% ../../nbs/28_losses.cyclip.ipynb #0652e314
+# %% ../../nbs/28_losses.cyclip.ipynb #06986741
 class Consistency(NamedTuple):
     "The two sums of squares of CyCLIP, divided by the number of pairs."
     cross:Tensor # scalar, 1/N sum of (v_i.t_j - v_j.t_i)^2
@@ -26,6 +26,7 @@ class Consistency(NamedTuple):
 
 def _gram_consistency(images, texts, group):
     "Both sums from D x D matrices, or N x N where that is smaller."
+    dtype, images, texts = images.dtype, images.double(), texts.double()                       # two sums of squares as differences of traces: float32 would leave its digits there
     p, q = images - texts, images + texts
     if group is None and len(p) <= p.shape[1]:
         pq = p @ q.T
@@ -33,7 +34,7 @@ def _gram_consistency(images, texts, group):
     else:
         pp, qq, pq = (total(x.T @ y, group) for x, y in ((p, p), (q, q), (p, q)))
         a, b = (pp * qq).sum(), (pq * pq.T).sum()
-    return (a - b) / 2, (a + b) / 2
+    return tuple(x.to(dtype) for x in ((a - b) / 2, (a + b) / 2))
 
 # %% ../../nbs/28_losses.cyclip.ipynb #0835a02d
 def _kept_consistency(images, texts, keep, block, group):
@@ -69,7 +70,7 @@ def consistency(
             sums = _kept_consistency(images, texts, keep, block, group)
     return Consistency(*(s / max(pairs, 1) for s in sums))
 
-# %% ../../nbs/28_losses.cyclip.ipynb #1923c2e2
+# %% ../../nbs/28_losses.cyclip.ipynb #19555b07
 def cyclip(
     image_features:Tensor, # (N,D) unit norm
     text_features:Tensor, # (N,D) unit norm, row i belongs to row i of the images
@@ -82,13 +83,14 @@ def cyclip(
     keep:Tensor|None=None, # (N,N) bool, False takes a pair out, and both terms of (i,j) and (j,i)
     multi_positive:str='spread', # 'spread' or 'each', as in `infonce`
     block:int=512, # rows at a time in the consistency terms, where keep is given
+    form:str='auto', # of the InfoNCE part: 'plain' holds (N,N) matrices, 'tiled' does not
     tiling:Tiling=Tiling(), # how InfoNCE's tiled form is cut
     group:dist.ProcessGroup|None=None, # processes that share the batch: features and ids are this process's, masks are (N, pairs of all processes)
 )->Tensor: # scalar, float32 at least
     "InfoNCE with cross-modal and in-modal cyclic consistency (arXiv 2205.14459)."
     for name, w in (('cross_weight', cross_weight), ('in_weight', in_weight)):
         if not 0 <= w < math.inf: raise ValueError(f'{name} must be finite and at least 0, got {w}')
-    loss = infonce(image_features, text_features, logit_scale, image_ids=image_ids, positives=positives, keep=keep, multi_positive=multi_positive, tiling=tiling, group=group)
+    loss = infonce(image_features, text_features, logit_scale, image_ids=image_ids, positives=positives, keep=keep, multi_positive=multi_positive, form=form, tiling=tiling, group=group)
     if cross_weight == in_weight == 0: return loss
     terms = consistency(image_features, text_features, keep=keep, block=block, group=group)
     return loss + cross_weight*terms.cross + in_weight*terms.within

@@ -232,7 +232,7 @@ def gist(
     if symmetric: sums.append(direction_loss(of_texts, [(pairs.columns, c.pair_logits)], slice(start, stop), group, multi_positive))
     return sum(total(loss, group) / total(count, group).clamp(min=1) for loss, count in sums) / len(sums)
 
-# %% ../../nbs/27_losses.gist.ipynb #52c1688f
+# %% ../../nbs/27_losses.gist.ipynb #52a81949
 def filtered_pairs(
     guide_similarity:Tensor, # (N,M) similarities of the guide
     positives:Tensor, # (N,M) bool, known positives
@@ -242,6 +242,7 @@ def filtered_pairs(
 )->tuple[Tensor,Tensor]: # (N,M) bool each: negatives that leave where images are anchors, and where texts are
     "The negatives that `gist` takes out of a batch."
     check_features(guide_similarity=guide_similarity)
+    guide_similarity = guide_similarity.to(torch.promote_types(guide_similarity.dtype, torch.float32))          # as `gist` compares them
     rule, positives = Filter(margin, margin_strategy, threshold), check_mask('positives', positives, guide_similarity.shape, guide_similarity.device)
     n, m = guide_similarity.shape
     (rows, columns), seen = positives.nonzero().T, guide_similarity[positives]

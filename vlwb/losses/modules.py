@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from .infonce import infonce
 
-# %% ../../nbs/29a_losses.modules.ipynb #056680c7
+# %% ../../nbs/29a_losses.modules.ipynb #053bc8dd
 class ContrastiveLoss(nn.Module):
     "Any loss of this room as a module."
     def __init__(self,
@@ -30,7 +30,8 @@ class ContrastiveLoss(nn.Module):
 
     @property
     def logit_scale(self)->Tensor: # () the module's own multiplier
-        return self.log_logit_scale.clamp(max=math.log(self.max_scale)).exp()
+        with torch.no_grad(): self.log_logit_scale.clamp_(max=math.log(self.max_scale))      # the parameter itself: a clamped value would have no gradient back
+        return self.log_logit_scale.exp()
 
     def forward(self,
         image_features:Tensor, # (N,D) unit norm

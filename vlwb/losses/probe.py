@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from ..core import warned
 
-# %% ../../nbs/20d_losses.probe.ipynb #052b2bdc
+# %% ../../nbs/20d_losses.probe.ipynb #052c6b4e
 def similarity_gradient(
     loss:Callable[[Tensor,Tensor],Tensor], # takes image_features (N,M) and text_features (M,M), returns a scalar; bind the rest by a lambda
     similarity:Tensor, # (N,M) the cosines to look at, images in rows
@@ -21,15 +21,14 @@ def similarity_gradient(
     if not isinstance(similarity, Tensor) or similarity.ndim != 2 or not similarity.is_floating_point() or 0 in similarity.shape:
         seen = f'{tuple(similarity.shape)} {str(similarity.dtype).removeprefix("torch.")}' if isinstance(similarity, Tensor) else type(similarity).__name__
         raise ValueError(f'similarity must be a floating (N,M) tensor with at least one row and column, got {seen}')
-    image_features = similarity.detach().clone().requires_grad_()
-    text_features = torch.eye(similarity.shape[1], dtype=similarity.dtype, device=similarity.device)
     said = set(warned)
-    with warnings.catch_warnings(), torch.enable_grad():
+    with warnings.catch_warnings(), torch.inference_mode(False), torch.enable_grad():
+        image_features, text_features = similarity.detach().clone().requires_grad_(), torch.eye(similarity.shape[1], dtype=similarity.dtype, device=similarity.device)
         warnings.filterwarnings('ignore', message='.*are not unit vectors')
-        value = loss(image_features, text_features)
+        try: value = loss(image_features, text_features)
+        finally: warned.intersection_update(said)               # what was silenced here may still be said elsewhere
         if not isinstance(value, Tensor) or value.numel() != 1: raise ValueError(f'loss must return a scalar tensor, got {tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__}')
         gradient = torch.autograd.grad(value, image_features, allow_unused=True)[0] if value.requires_grad else None
-    warned.intersection_update(said)                            # what was silenced here may still be said elsewhere
     return value.detach(), torch.zeros_like(similarity) if gradient is None else gradient
 
 # %% ../../nbs/20d_losses.probe.ipynb #12456827

@@ -125,14 +125,14 @@ def total(
     "Sum over processes; backward is the sum over processes too."
     return x if group is None else _Total.apply(x, group)
 
-# %% ../../nbs/20b_losses.processes.ipynb #26fcfc1a
+# %% ../../nbs/20b_losses.processes.ipynb #26a0b9b2
 def gather_ids(
     ids, # (n,) ids of this process's rows: an integer tensor, or an array or list of int or str; the same kind on every process
     group:dist.ProcessGroup|None, # the processes; None gives ids itself
 ): # (sum of n,) a tensor for a tensor, else a list
     "The ids of every process's rows, in rank order."
     if group is None or ids is None: return ids
-    if isinstance(ids, Tensor): return gather_rows(ids, group)
+    if isinstance(ids, Tensor): return gather_rows(ids.to(_group_device(group)), group)
     text = json.dumps(np.asarray(ids).tolist()).encode('utf-8')
     mine = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(_group_device(group))
     parts = gather_rows(mine, group).cpu().split(row_counts(len(mine), group))

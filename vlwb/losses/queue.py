@@ -13,7 +13,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from ..core import check_features, warn_once
 from .processes import gather_rows
 
-# %% ../../nbs/23a_losses.queue.ipynb #069ea9e5
+# %% ../../nbs/23a_losses.queue.ipynb #06df28f0
 class Queue(nn.Module):
     "A ring of the last pairs seen: features of both modalities, the ids of their images, and features of an auxiliary model."
     def __init__(self,
@@ -42,7 +42,7 @@ class Queue(nn.Module):
 
     def entries(self,
         aux:bool|None=None, # whether H's features are among them; where the queue has them when None
-    )->dict[str,Tensor]: # image_queue, text_queue (n,D), queue_ids (n,), aux_image_queue, aux_text_queue (n,D_H): views of what is filled
+    )->dict[str,Tensor]: # image_queue, text_queue (n,D), queue_ids (n,), aux_image_queue, aux_text_queue (n,D_H): views of what is filled; but for albef_itc, whose gradient is ready with its value, enqueue the next batch after backward
         "The filled entries, under the names of the losses' arguments."
         names = [n for n in self.names if aux is not False or not n.startswith('aux')] + (['queue_ids'] if hasattr(self, 'queue_ids') else [])
         return {name: getattr(self, name)[:len(self)] for name in names}

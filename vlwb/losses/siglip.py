@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['sigmoid_terms', 'siglip']
 
-# %% ../../nbs/24_losses.siglip.ipynb #022ad4db
+# %% ../../nbs/24_losses.siglip.ipynb #0210ba81
 import math
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from .regulation import check_mask
+from .regulation import check_ids, check_mask
 from .tiled import id_codes
 from .processes import gather_ids, row_range, total
 from .blocks import sum_over_ring
@@ -36,7 +36,7 @@ def sigmoid_terms(
     losses = F.logsigmoid(torch.where(same, logits, -logits))
     return -(losses if keep is None else losses.masked_fill(~these(keep), 0.)).sum()
 
-# %% ../../nbs/24_losses.siglip.ipynb #11e49014
+# %% ../../nbs/24_losses.siglip.ipynb #1153813d
 def _codes(shape, image_ids, text_image_ids, group, device):
     "Whole numbers for the ids of this process's images and texts, equal across processes; and whether any image has a text."
     n, m = shape
@@ -45,11 +45,8 @@ def _codes(shape, image_ids, text_image_ids, group, device):
         if text_image_ids is not None: raise ValueError('text_image_ids needs image_ids beside it')
         if n != m: raise ValueError(f'{n} images and {m} texts have no diagonal: give positives ({n},{m}), or image_ids ({n},) and text_image_ids ({m},)')
         return (torch.arange(start, stop, device=device),) * 2 + (True,)
-    columns, name = (image_ids, 'image_ids') if text_image_ids is None else (text_image_ids, 'text_image_ids')
-    if len(image_ids) != n: raise ValueError(f'image_ids must hold one id for each of the {n} images, got {len(image_ids)}')
-    if len(columns) != m: raise ValueError(f'{name} must hold one id for each of the {m} texts, got {len(columns)}')
-    there = lambda ids: ids.to(device) if isinstance(ids, Tensor) else ids
-    images, texts = id_codes(gather_ids(there(image_ids), group), gather_ids(there(columns), group), device=device)
+    image_ids, columns = check_ids(shape, image_ids, text_image_ids)
+    images, texts = id_codes(gather_ids(image_ids, group), gather_ids(columns, group), device=device)
     return images[start:stop], texts[first:last], bool(torch.isin(images, texts).any())
 
 # %% ../../nbs/24_losses.siglip.ipynb #12aa1716

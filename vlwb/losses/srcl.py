@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PairWeights', 'pair_weights', 'aux_similarities', 'srcl_weights', 'check_aux', 'srcl', 'warn_if_inverted']
 
-# %% ../../nbs/22_losses.srcl.ipynb #026879ae
+# %% ../../nbs/22_losses.srcl.ipynb #02ef741e
 from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from ..core import check_features, warn_once
 from .regulation import regulation_log_weights
 from .symmetric import Candidates, tiled_loss
 from .tiled import Tiling, Weighting
-from .infonce import check_batch, check_logit_scale, check_unit_norm, prepare_pairs, takes_tiles, similarity_matrix, symmetric_loss
+from .infonce import check_batch, check_logit_scale, check_unit_candidates, check_unit_norm, prepare_pairs, takes_tiles, similarity_matrix, symmetric_loss
 
 # %% ../../nbs/22_losses.srcl.ipynb #06514b64
 @dataclass(frozen=True, eq=False)
@@ -93,7 +93,7 @@ def srcl_weights(
     aux = aux_similarities(own, aux_image_features, aux_text_features, aux_similarity)
     return pair_weights(own, aux, alpha=alpha, delta=delta, similarity_temperature=similarity_temperature, norm=norm, positives=positives, keep=keep)
 
-# %% ../../nbs/22_losses.srcl.ipynb #145b18b9
+# %% ../../nbs/22_losses.srcl.ipynb #14dd0a5d
 def check_aux(
     alpha:float, # trust in H
     image_features:Tensor, # (N,D)
@@ -122,9 +122,10 @@ def check_aux(
     for side, c, mine in (('text', of_images, pair[0]), ('image', of_texts, pair[1])):
         if alpha == 0 or c.queue is None: continue
         if mine is None or c.aux_queue is None: raise ValueError(f'alpha {alpha} trusts H on the {side}_queue too: pass aux_{side}_queue, and aux_image_features and aux_text_features')
+        check_features(**{f'aux_{side}_queue': c.aux_queue})
         if tuple(c.aux_queue.shape) != (len(c.queue), mine.shape[1]): raise ValueError(f'aux_{side}_queue must be {(len(c.queue), mine.shape[1])}, one row of H for each row of {side}_queue; got {tuple(c.aux_queue.shape)}')
 
-# %% ../../nbs/22_losses.srcl.ipynb #152bcdce
+# %% ../../nbs/22_losses.srcl.ipynb #153799e8
 def srcl(
     image_features:Tensor, # (N,D) unit norm
     text_features:Tensor, # (M,D) unit norm
@@ -157,11 +158,12 @@ def srcl(
 )->Tensor: # scalar (L_v + L_t) / 2, float32 at least; the same on every process
     "Similarity-regulated contrastive loss (arXiv 2305.04474, eq. 4 and 5), half of the paper's sum of two directions."
     logit_scale = check_logit_scale(logit_scale)
+    check_batch(image_features, text_features, group)
     of_images, of_texts = Candidates(text_queue, aux_text_queue, extra_text_features, extra_text_log_weights), Candidates(image_queue, aux_image_queue, extra_image_features, extra_image_log_weights)
     weighting = Weighting(alpha, delta, similarity_temperature, norm)
     if takes_tiles(form, image_features, text_features, of_images, of_texts, group, '' if weighting.fits_a_tile else f"norm='softmax' with delta {delta} over similarity_temperature {similarity_temperature} needs whole rows"):
-        check_batch(image_features, text_features, group)
         if alpha == 0 and norm == 'mean': warn_if_inverted(logit_scale, similarity_temperature)
+        check_unit_candidates(of_images, of_texts)
         check_aux(alpha, image_features, text_features, aux_image_features, aux_text_features, aux_similarity, of_images, of_texts)
         constant = lambda x: None if x is None else x.detach()
         weighting = replace(weighting, aux_rows=constant(aux_image_features), aux_columns=constant(aux_text_features), aux_similarity=constant(aux_similarity))

@@ -6,7 +6,7 @@
 __all__ = ['merge_logsumexp', 'safe', 'segment_logsumexp', 'Candidates', 'Anchors', 'direction_loss', 'positives_among',
            'tiled_loss']
 
-# %% ../../nbs/20e_losses.symmetric.ipynb #029feadf
+# %% ../../nbs/20e_losses.symmetric.ipynb #0283db3b
 import math
 from dataclasses import dataclass, replace
 import torch
@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from .tiled import Contrast, Guide, Positives, Tiling, Weighting, contrast, find_positives, id_codes, join_ids
-from .regulation import check_mask
+from .regulation import check_ids, check_mask
 from .processes import gather_ids, gather_rows, row_range, total
 
 # %% ../../nbs/20e_losses.symmetric.ipynb #060722ee
@@ -43,7 +43,7 @@ def segment_logsumexp(
     sums = values.new_zeros(size).index_add(0, segment, (values - top[segment]).exp())
     return torch.where(sums > 0, sums.clamp(min=torch.finfo(values.dtype).tiny).log() + top, floor)
 
-# %% ../../nbs/20e_losses.symmetric.ipynb #105f4446
+# %% ../../nbs/20e_losses.symmetric.ipynb #100f9d63
 @dataclass(frozen=True, eq=False)
 class Candidates:
     "Further candidates of one direction, beside those of the batch."
@@ -59,6 +59,8 @@ class Candidates:
         )->None:
         "`ValueError` that names the argument and the shapes."
         a, d = anchors.shape
+        if self.queue is None and (self.aux_queue is not None or (queue_ids is not None and side == 'text')):
+            if self.aux_queue is not None: raise ValueError(f'aux_{side}_queue needs {side}_queue beside it')
         if self.queue is not None:
             _check(f'{side}_queue', self.queue, ('Q', d), anchors)
             if queue_ids is not None and len(queue_ids) != len(self.queue): raise ValueError(f'queue_ids must hold one id for each of the {len(self.queue)} rows of {side}_queue, got {len(queue_ids)}')
@@ -70,6 +72,7 @@ class Candidates:
 
 def _check(name, x, shape, like):
     "`ValueError` unless x has the shape (strings stand for any number), is finite, and shares dtype and device."
+    if not isinstance(x, Tensor): raise ValueError(f'{name} must be a tensor ({",".join(map(str, shape))}), got {type(x).__name__}')
     if x.ndim != len(shape) or any(isinstance(s, int) and s != n for s, n in zip(shape, x.shape)): raise ValueError(f'{name} must be ({",".join(map(str, shape))}), got {tuple(x.shape)}')
     if x.dtype != like.dtype or x.device != like.device: raise ValueError(f'{name} must be {like.dtype} on {like.device} like the features, got {x.dtype} on {x.device}')
     if x.numel() and not torch.isfinite(x.detach().sum()) and not torch.isfinite(x.detach()).all(): raise ValueError(f'{name} holds NaN or infinity')
@@ -134,7 +137,7 @@ def direction_loss(
     apart = ((together[anchor] - logit) / count[anchor]).sum()    # how unequal the positives of an anchor are, and log of their number
     return -F.logsigmoid(together - negatives)[own][has].sum() + apart, has.sum()
 
-# %% ../../nbs/20e_losses.symmetric.ipynb #21f55c16
+# %% ../../nbs/20e_losses.symmetric.ipynb #21c6edaa
 def positives_among(
     image_features:Tensor, # (N,D) of this process
     text_features:Tensor, # (M,D) of this process
@@ -152,12 +155,10 @@ def positives_among(
         if len(image_features) != len(text_features): raise ValueError(f'{len(image_features)} images and {len(text_features)} texts have no diagonal: give image_ids and text_image_ids')
         here = torch.arange(len(image_features), device=device)
         return Positives(here, here + start, shape)
-    of = image_ids if text_image_ids is None else text_image_ids
-    for name, ids, n in (('image_ids', image_ids, len(image_features)), ('image_ids' if text_image_ids is None else 'text_image_ids', of, len(text_features))):
-        if len(ids) != n: raise ValueError(f'{name} must hold one id for each of the {n} rows of this process, got {len(ids)}')
+    image_ids, of = check_ids((len(image_features), len(text_features)), image_ids, text_image_ids)
     return find_positives(shape, image_ids, gather_ids(of, group), device=device)
 
-# %% ../../nbs/20e_losses.symmetric.ipynb #220a03e9
+# %% ../../nbs/20e_losses.symmetric.ipynb #22829e08
 def tiled_loss(
     image_features:Tensor, # (N,D) unit norm; with a group, this process's share
     text_features:Tensor, # (M,D) unit norm
@@ -190,12 +191,14 @@ def tiled_loss(
     image = image.with_queue(image_features, logit_scale, of_images, code and (code[0], code[2]), weighting, tiling)
     turned = None if weighting is None else replace(weighting, aux_rows=weighting.aux_columns, aux_columns=None, aux_similarity=None)
     text = text.with_queue(text_features, logit_scale, of_texts, code and (code[1], code[2]), turned, tiling, offset=start)
+    known = len(pairs) + sum(len(anchor) for side in (image, text) for anchor, _ in side.positives[1:])
+    if not total(torch.tensor(known, device=image_features.device), group): raise ValueError('no pair is a known positive: there is nothing to pull together')
     from_images = image.negatives(image_features, logit_scale, of_images)
     from_texts = gather_rows(text.negatives(text_features, logit_scale, of_texts), group)
     image_loss = direction_loss(from_images, image.positives, slice(None), None, multi_positive)
     text_loss = direction_loss(from_texts, text.positives, own, group, multi_positive)
-    if keep is None and not total(torch.tensor(len(pairs), device=image_features.device), group): raise ValueError('no pair is a known positive: there is nothing to pull together')
-    return sum(total(loss, group) / total(count, group).clamp(min=1) for loss, count in (image_loss, text_loss)) / 2
+    both = sum(total(loss, group) / total(count, group).clamp(min=1) for loss, count in (image_loss, text_loss)) / 2
+    return both.to(torch.promote_types(image_features.dtype, torch.float32))       # sharp weights are summed in float64
 
 def _both_directions(c:Contrast, pairs, keep, own, group):
     "The kernel's sums as anchors of the two directions, the columns' put together over processes."

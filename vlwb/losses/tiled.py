@@ -6,15 +6,15 @@
 __all__ = ['SPAN', 'Positives', 'id_codes', 'join_ids', 'find_positives', 'Weighting', 'Guide', 'Tiling', 'as_operand', 'product',
            'first_derivative_only', 'Contrast', 'contrast']
 
-# %% ../../nbs/20a_losses.tiled.ipynb #02915c89
+# %% ../../nbs/20a_losses.tiled.ipynb #028d918a
 import math
 from collections.abc import Callable, Iterator
 from functools import wraps
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from .regulation import check_mask, known_positives, mixed_log_similarity
+from .regulation import check_ids, known_positives, mixed_log_similarity
 
 # %% ../../nbs/20a_losses.tiled.ipynb #0640d5fd
 @dataclass(frozen=True, eq=False)
@@ -46,7 +46,7 @@ class Positives:
         stays = keep[self.rows, self.columns]
         return Positives(self.rows[stays], self.columns[stays], self.shape)
 
-# %% ../../nbs/20a_losses.tiled.ipynb #078efbf3
+# %% ../../nbs/20a_losses.tiled.ipynb #07633ee9
 def id_codes(
     *ids, # tensors, arrays or lists of int or str
     device:torch.device|str='cpu', # where the codes go
@@ -63,13 +63,14 @@ def join_ids(
 )->tuple[Tensor,Tensor]: # (P,) row and (P,) column of every pair with equal ids, in the order of the rows
     "All pairs with equal ids."
     ordered, order = columns.sort(stable=True)
+    rows = rows.contiguous()
     first = torch.searchsorted(ordered, rows)
     count = torch.searchsorted(ordered, rows, right=True) - first
     found = torch.arange(len(rows), device=rows.device).repeat_interleave(count)
     within = torch.arange(len(found), device=rows.device) - (count.cumsum(0) - count)[found]
     return found, order[first[found] + within]
 
-# %% ../../nbs/20a_losses.tiled.ipynb #08ecf1b7
+# %% ../../nbs/20a_losses.tiled.ipynb #08959849
 def find_positives(
     shape:tuple[int,int], # (N,M): images, texts
     image_ids=None, # (N,) ids of the images; the diagonal when None
@@ -84,12 +85,9 @@ def find_positives(
             return Positives(pairs[:,0], pairs[:,1], shape)
         diagonal = torch.arange(shape[0], device=device)
         return Positives(diagonal, diagonal, shape, diagonal=True)
-    columns, name = (image_ids, 'image_ids') if text_image_ids is None else (text_image_ids, 'text_image_ids')
-    if len(image_ids) != shape[0]: raise ValueError(f'image_ids must hold one id for each of the {shape[0]} images, got {len(image_ids)}')
-    if len(columns) != shape[1]: raise ValueError(f'{name} must hold one id for each of the {shape[1]} texts, got {len(columns)}')
-    return Positives(*join_ids(*id_codes(image_ids, columns, device=device)), shape)
+    return Positives(*join_ids(*id_codes(*check_ids(shape, image_ids, text_image_ids), device=device)), shape)
 
-# %% ../../nbs/20a_losses.tiled.ipynb #121d148d
+# %% ../../nbs/20a_losses.tiled.ipynb #12548b75
 @dataclass(frozen=True, eq=False)
 class Weighting:
     "What SRCL's weights are made of, tile by tile (arXiv 2305.04474, eq. 6 to 9)."
@@ -108,8 +106,12 @@ class Weighting:
         if not 0 < self.delta < math.inf: raise ValueError(f'delta must be positive and finite, got {self.delta}')
 
     @property
-    def fits_a_tile(self)->bool: # False where the exponent delta/s is so large that only whole rows hold it to the last digit
-        return self.norm == 'mean' or self.delta * math.exp(min(80., 1/self.similarity_temperature)) <= 30
+    def fits_a_tile(self)->bool: # False where exponents delta/s are so large that only the differences within a whole row have digits left
+        return self.norm == 'mean' or self.log_range(1.)[1] <= 1e9
+
+    @property
+    def sharp(self)->bool: # True where exponents delta/s can be so large that sums of float32 would lose digits
+        return self.log_range(1.)[1] > 30 and self.norm == 'softmax'
 
     def weights(self,
         own:Tensor, # (k,w) cosines of the model being trained
@@ -127,10 +129,17 @@ class Weighting:
     def log_weights(self,
         own:Tensor, # (k,w) cosines of the model being trained
         aux:Tensor|None, # (k,w) cosines of H
-    )->Tensor: # (k,w)
+    )->Tensor: # (k,w); float64 under norm='softmax', whose exponents can be large
         "The same in log space, for any temperature."
         score = -mixed_log_similarity(own, aux, self.alpha, self.similarity_temperature)
-        return score if self.norm == 'mean' else (self.delta * score.exp()).clamp(max=torch.finfo(score.dtype).max / 8)
+        return score if self.norm == 'mean' else (self.delta * score.double().exp()).clamp(max=1e300)
+
+    def log_range(self,
+        reach:float, # largest absolute similarity
+    )->tuple[float,float]: # how far the log weights reach below and above 0
+        "Bounds of the log weights."
+        warm = reach / self.similarity_temperature
+        return (warm, warm) if self.norm == 'mean' else (0., self.delta * math.exp(min(warm, 700.)))
 
 # %% ../../nbs/20a_losses.tiled.ipynb #161d02f1
 @dataclass(frozen=True, eq=False)
@@ -141,7 +150,7 @@ class Guide:
     row_threshold:Tensor # (N,) largest similarity that stays a negative of each row
     column_threshold:Tensor # (M,) and of each column
 
-# %% ../../nbs/20a_losses.tiled.ipynb #181f9c7f
+# %% ../../nbs/20a_losses.tiled.ipynb #1865c503
 @dataclass(frozen=True)
 class Tiling:
     "How the sweep is cut; it changes time and memory, never the result."
@@ -149,19 +158,25 @@ class Tiling:
     columns:int|None=None # columns of a tile; by device when None
     kept_mb:float=20. # megabytes of tiles kept from forward to backward; math.inf keeps the matrix (faster), 0 none
 
+    def __post_init__(self):
+        for name in ('rows', 'columns'):
+            side = getattr(self, name)
+            if side is not None and (not isinstance(side, int) or side < 1): raise ValueError(f'{name} of a tile must be a whole number of at least 1, got {side!r}')
+        if not self.kept_mb >= 0: raise ValueError(f'kept_mb must be at least 0, got {self.kept_mb}')
+
     def sides(self,
         device:torch.device, # where the features are
     )->tuple[int,int]: # rows, columns
         small = device.type == 'cpu'
         return self.rows or (1024 if small else 8192), self.columns or (1024 if small else 8192)
 
-# %% ../../nbs/20a_losses.tiled.ipynb #1959fd94
+# %% ../../nbs/20a_losses.tiled.ipynb #194beabf
 def as_operand(
     features:Tensor, # (k,D)
     dtype:torch.dtype, # what the product accumulates in
-)->Tensor: # float32 at least; half precision stays on a GPU, whose products accumulate in float32
+)->Tensor: # float32 at least; bfloat16 stays on a GPU, whose products accumulate in float32 (float16 has too small a range for pushes of 1/N^2)
     "Features as a matrix product wants them."
-    return features if features.is_cuda and features.dtype in (torch.float16, torch.bfloat16) and _WIDE_OUT else features.to(dtype)
+    return features if features.is_cuda and features.dtype == torch.bfloat16 and _WIDE_OUT else features.to(dtype)
 
 _WIDE_OUT = tuple(int(''.join(filter(str.isdigit, p)) or 0) for p in torch.__version__.split('+')[0].split('.')[:2]) >= (2, 8) # torch.mm takes out_dtype
 
@@ -196,7 +211,7 @@ class _Tile:
         if self.shift is None: return (values if kept is None else values + kept.log()).logsumexp(dim)
         return (values if kept is None else values * kept).sum(dim).log_().add_(shift)
 
-# %% ../../nbs/20a_losses.tiled.ipynb #228941f3
+# %% ../../nbs/20a_losses.tiled.ipynb #22519a18
 class _Sweep:
     "The tiles of one batch, made when asked for."
     def __init__(self, rows, columns, scale, positives, keep, weighting, guide, tiling):
@@ -206,8 +221,6 @@ class _Sweep:
         self.positives = positives
         starts = torch.arange(0, len(rows) + self.height, self.height, device=rows.device)
         self.pair_starts = torch.searchsorted(positives.rows, starts).tolist()
-        area = min(self.height, len(rows)) * min(self.width, len(columns))
-        self.buffers = [rows.new_empty(area, dtype=self.dtype) for _ in range(2)]
 
     def slices(self)->Iterator[tuple[slice,list[slice]]]: # a slice of rows and all slices of columns
         n, m = len(self.rows), len(self.columns)
@@ -216,7 +229,10 @@ class _Sweep:
 
     def part(self, features, where): return as_operand(features[where], self.dtype)
 
-    def buffer(self, which, tile_shape): return self.buffers[which][:tile_shape[0]*tile_shape[1]].view(tile_shape)
+    def buffers(self): # two, each of one tile's size; a call's own, for graphs that several threads run
+        area = min(self.height, len(self.rows)) * min(self.width, len(self.columns))
+        both = [self.rows.new_empty(area, dtype=self.dtype) for _ in range(2)]
+        return lambda which, size: both[which][:size[0]*size[1]].view(size)
 
     def excluded(self, r, c): # flat places of the tile that hold positives
         p = slice(*self.pair_starts[r.start//self.height:][:2])
@@ -226,23 +242,22 @@ class _Sweep:
             i, j = i[here], j[here]
         return i * (c.stop - c.start) + j
 
-    def tile(self, r, c, a, b, out):
-        shape = len(a), len(b)
+    def tile(self, r, c, a, b, out, spare):
         own = product(a, b, out)
         low, high = torch.stack(own.aminmax()).tolist()
         aux, reach = None, 0.
         if self.weighting is not None and self.weighting.alpha > 0:
-            aux = self.aux(r, c, self.buffer(1, shape))
+            aux = self.aux(r, c, spare)
             if self.weighting.alpha == 1: reach = float(aux.abs().amax())
             else: reach = max(float(aux.abs().amax()), abs(low), abs(high))
         elif self.weighting is not None: reach = max(abs(low), abs(high))
-        if self.weighting is not None: reach /= self.weighting.similarity_temperature
-        span = self.scale*(high - low) + 2*reach
-        if not (span <= SPAN and reach <= 40): return self.wide_tile(r, c, own, aux)
-        return self.narrow_tile(r, c, own, aux, self.scale*high + reach - max(0., span - SPAN/2))
+        below, above = (0., 0.) if self.weighting is None else self.weighting.log_range(reach)
+        span = self.scale*(high - low) + below + above
+        if not (span <= SPAN and max(below, above) <= 40): return self.wide_tile(r, c, own, aux)
+        return self.narrow_tile(r, c, own, aux, spare, self.scale*high + above - max(0., span - SPAN/2))
 
-    def narrow_tile(self, r, c, own, aux, shift):
-        weights = None if self.weighting is None else self.weighting.weights(own, aux, self.buffer(1, own.shape))
+    def narrow_tile(self, r, c, own, aux, spare, shift):
+        weights = None if self.weighting is None else self.weighting.weights(own, aux, spare)
         values = torch.add(own.new_tensor(-shift), own, alpha=self.scale, out=own).exp_()
         if weights is not None: values.mul_(weights)
         for x in (values, weights):
@@ -254,7 +269,7 @@ class _Sweep:
     def wide_tile(self, r, c, own, aux):
         log_weights = None if self.weighting is None else self.weighting.log_weights(own, aux)
         values = own.mul_(self.scale)
-        if log_weights is not None: values.add_(log_weights)
+        if log_weights is not None: values = values + log_weights
         for x in (values, log_weights):
             if x is None: continue
             x.view(-1).index_fill_(0, self.excluded(r, c), -math.inf)
@@ -284,60 +299,57 @@ def first_derivative_only(
         with torch.autocast(device, enabled=False): return backward(ctx, *grads)
     return checked
 
-# %% ../../nbs/20a_losses.tiled.ipynb #25e4accd
+# %% ../../nbs/20a_losses.tiled.ipynb #255dfff5
 class _Contrast(torch.autograd.Function):
     "Forward keeps sums; backward makes the tiles again, those apart that were kept."
     @staticmethod
-    def forward(ctx, rows, columns, logit_scale, positives, keep, weighting, guide, both, tiling):
+    def forward(ctx, rows, columns, logit_scale, positives, keep, weighting, guide, both, tiling, wanted):
         sweep = _Sweep(rows.detach(), columns.detach(), float(logit_scale), positives, keep, weighting, guide, tiling)
         n, m = positives.shape
-        empty = lambda size: rows.new_full((size,), -math.inf, dtype=sweep.dtype)
+        empty = lambda size: rows.new_full((size,), -math.inf, dtype=torch.float64 if weighting is not None and weighting.sharp else sweep.dtype)
         lse, norm = [empty(n), empty(m if both else 0)], [empty(n), empty(m if both else 0)]
-        kept, room = {}, tiling.kept_mb * 2**20 if any(ctx.needs_input_grad[:3]) else 0
+        kept, room, buffer = {}, tiling.kept_mb * 2**20 if wanted and any(ctx.needs_input_grad[:3]) else 0, sweep.buffers()
         for r, across in sweep.slices():
             a = sweep.part(rows.detach(), r)
             for c in across:
                 size = (r.stop - r.start, c.stop - c.start)
-                cost = size[0]*size[1] * sweep.buffers[0].element_size() * (1 if guide is None else 3)
-                own = sweep.buffer(0, size)
-                if cost <= room: own, room = torch.empty_like(own), room - cost
-                tile = sweep.tile(r, c, a, sweep.part(columns.detach(), c), own)
+                own, cost = buffer(0, size), size[0]*size[1] * sweep.dtype.itemsize * (1 if guide is None else 3)
+                keeps = cost <= room
+                if keeps: own, room = torch.empty_like(own), room - cost
+                tile = sweep.tile(r, c, a, sweep.part(columns.detach(), c), own, buffer(1, size))
                 _gather(lse, norm, tile, both)
-                if own.data_ptr() != sweep.buffers[0].data_ptr(): tile.weights = None; kept[r.start, c.start] = tile
+                if keeps: tile.weights = None; kept[r.start, c.start] = tile
         pair_logits = _pair_products(rows.detach(), columns.detach(), positives, sweep.dtype) * sweep.scale
-        ctx.save_for_backward(rows, columns, logit_scale, lse[0], lse[1], pair_logits)
+        constants = [x for x in (keep, *(vars(weighting).values() if weighting else ()), *(vars(guide).values() if guide else ())) if isinstance(x, Tensor)]
+        ctx.save_for_backward(rows, columns, logit_scale, lse[0], lse[1], pair_logits, *constants)      # constants too: a change in place before backward is then an error
         ctx.sweep,ctx.kept,ctx.both = sweep,kept,both
-        sweep.buffers = None
         ctx.mark_non_differentiable(*norm)
         return *lse, *norm, pair_logits
 
     @staticmethod
     @first_derivative_only
     def backward(ctx, row_grad, column_grad, _, __, pair_grad):
-        rows, columns, logit_scale, row_lse, column_lse, pair_logits = ctx.saved_tensors
-        sweep, scale = ctx.sweep, ctx.sweep.scale
+        rows, columns, logit_scale, row_lse, column_lse, pair_logits, *_ = ctx.saved_tensors
+        sweep, scale, buffer = ctx.sweep, ctx.sweep.scale, ctx.sweep.buffers()
         need_rows, need_columns, need_scale = ctx.needs_input_grad[:3]
         make = torch.empty if len(rows) and len(columns) else torch.zeros                # the first tile fills them
         into = lambda x, needed: make(x.shape, dtype=sweep.dtype, device=x.device) if needed else None
-        d_rows, d_columns, d_scale = into(rows, need_rows or need_scale), into(columns, need_columns), row_lse.new_zeros(())
-        area = min(sweep.height, len(rows)) * min(sweep.width, len(columns))
-        sweep.buffers = [row_lse.new_empty(area) for _ in range(2)]
+        d_rows, d_columns, d_scale = into(rows, need_rows or need_scale), into(columns, need_columns), pair_logits.new_zeros(())
         for r, across in sweep.slices():
             a = sweep.part(rows, r)
             for c in across:
                 b, size = sweep.part(columns, c), (r.stop - r.start, c.stop - c.start)
-                tile = ctx.kept.get((r.start, c.start)) or sweep.tile(r, c, a, b, sweep.buffer(0, size))
-                g = _pushes(tile, row_grad, column_grad, row_lse, column_lse, ctx.both, sweep.buffer(0, size)).to(a.dtype)
+                tile = ctx.kept.pop((r.start, c.start), None) or sweep.tile(r, c, a, b, buffer(0, size), buffer(1, size))    # given back: a loss may live on
+                g = _pushes(tile, row_grad, column_grad, row_lse, column_lse, ctx.both, buffer(0, size)).to(a.dtype)
                 if d_rows is not None: _accumulate(d_rows[r], g, b, scale, first=c.start == 0)
                 if d_columns is not None: _accumulate(d_columns[c], g.T, a, scale, first=r.start == 0)
             if need_scale: d_scale += torch.dot(d_rows[r].reshape(-1), rows[r].to(sweep.dtype).reshape(-1)) / scale
         if need_scale: d_scale += (pair_grad * pair_logits).sum() / scale
         _pull_pairs(d_rows, d_columns, rows, columns, sweep.positives, pair_grad * scale)
-        sweep.buffers = None
         back = lambda d, x, needed: d.to(x.dtype) if needed else None
-        return back(d_rows, rows, need_rows), back(d_columns, columns, need_columns), back(d_scale.reshape(logit_scale.shape), logit_scale, need_scale), *[None]*6
+        return back(d_rows, rows, need_rows), back(d_columns, columns, need_columns), back(d_scale.reshape(logit_scale.shape), logit_scale, need_scale), *[None]*7
 
-# %% ../../nbs/20a_losses.tiled.ipynb #2608ce00
+# %% ../../nbs/20a_losses.tiled.ipynb #2694d8d4
 def _gather(lse, norm, tile, both):
     "Add a tile's sums to those of its rows and columns."
     for d, (where, kept) in enumerate(((tile.rows, tile.row_keep), (tile.columns, tile.column_keep))[:2 if both else 1]):
@@ -360,7 +372,7 @@ def _pushes(tile, row_grad, column_grad, row_lse, column_lse, both, out):
         return out.copy_(pushes)
     most = SPAN/2 + 2                                             # of a row with a negative in this tile; beyond it the tile holds zeros only
     row_f = row_g * (tile.shift - row_l).clamp(max=most).exp()
-    if not both: torch.mul(tile.values, row_f[:,None], out=out); return out if tile.row_keep is None else out.mul_(tile.row_keep)
+    if not both: return torch.mul(tile.values, row_f[:,None] if tile.row_keep is None else tile.row_keep * row_f[:,None], out=out)
     column_g, column_l = factor(column_grad, column_lse, tile.columns)
     column_f = column_g * (tile.shift - column_l).clamp(max=most).exp()
     for part in range(0, len(out), 128):                                       # a few rows at a time: the factors stay in the cache
@@ -406,7 +418,7 @@ class Contrast:
     column_log_norm:Tensor|None # (M,) the same for columns
     pair_logits:Tensor # (P,) logits of the positive pairs
 
-# %% ../../nbs/20a_losses.tiled.ipynb #298598d2
+# %% ../../nbs/20a_losses.tiled.ipynb #2950aab7
 def contrast(
     rows:Tensor, # (N,D) features, anchors of one direction
     columns:Tensor, # (M,D) features, anchors of the other
@@ -424,6 +436,6 @@ def contrast(
         raise ValueError(f'alpha {weighting.alpha} trusts an auxiliary model but there is no auxiliary similarity: pass one, or alpha=0')
     scale = logit_scale if isinstance(logit_scale, Tensor) else torch.tensor(float(logit_scale), dtype=torch.float64)
     with torch.autocast(rows.device.type, enabled=False):
-        row, column, row_norm, column_norm, pairs = _Contrast.apply(rows, columns, scale, positives.kept(keep), keep, weighting, guide, both, tiling)
+        row, column, row_norm, column_norm, pairs = _Contrast.apply(rows, columns, scale, positives.kept(keep), keep, weighting, guide, both, tiling, torch.is_grad_enabled())
     weighted = weighting is not None
     return Contrast(row, column if both else None, row_norm if weighted else None, column_norm if weighted and both else None, pairs)

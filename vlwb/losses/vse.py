@@ -102,10 +102,11 @@ def _vse(image_features, text_features, pairs, keep, margin, hardest, reduction,
     loss = total(share, group)
     return loss if reduction == 'sum' else loss / max(len(columns), 1)
 
-# %% ../../nbs/25_losses.vse.ipynb #1688314d
+# %% ../../nbs/25_losses.vse.ipynb #16247f59
 def vse(
     image_features:Tensor, # (N,D) unit norm
     text_features:Tensor, # (M,D) unit norm
+    logit_scale:float|Tensor|None=None, # without effect: hinges compare cosines; here so that all losses can be called alike
     *,
     margin:float=0.2, # alpha, how much nearer a positive should be, in cosines
     hardest:bool=True, # the hardest negative of each anchor (VSE++); False: the sum over all negatives (VSE0)
@@ -117,7 +118,7 @@ def vse(
     block:int=512, # rows of the similarity matrix at a time
     group:dist.ProcessGroup|None=None, # features are this process's share of the batch; masks are (N, texts of all processes)
 )->Tensor: # scalar, float32 at least
-    "Hinge loss with the hardest in-batch negative, or with all (arXiv 1707.05612); each known positive against the negatives. No logit_scale."
+    "Hinge loss with the hardest in-batch negative, or with all (arXiv 1707.05612); each known positive against the negatives."
     if not 0 <= margin < math.inf: raise ValueError(f'margin must be a finite number of at least 0, got {margin}')
     if reduction not in ('sum', 'mean'): raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
     if block < 1: raise ValueError(f'block must be at least 1, got {block}')

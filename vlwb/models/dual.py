@@ -51,7 +51,7 @@ def _build_tower(spec:dict, side:str) -> tuple[nn.Module, int]:
 def _pooled(out):
     return out if isinstance(out, Tensor) else out.pooler_output
 
-# %% ../../nbs/42_models.dual.ipynb #07d97bee
+# %% ../../nbs/42_models.dual.ipynb #07bd63c2
 class DualEncoder(nn.Module):
     "Two towers, two linear projections to a shared space, a learned `log_logit_scale` and, for the sigmoid loss, a learned `logit_bias`."
     def __init__(self,
@@ -70,7 +70,7 @@ class DualEncoder(nn.Module):
             self.image_projection = nn.Linear(image_width, config.projection_dim, bias=False)
             self.text_projection = nn.Linear(text_width, config.projection_dim, bias=False)
         self.log_logit_scale = nn.Parameter(torch.tensor(math.log(config.logit_scale)), requires_grad=config.learn_scale)
-        self.logit_bias = None if config.logit_bias is None else nn.Parameter(torch.tensor(config.logit_bias))
+        self.logit_bias = None if config.logit_bias is None else nn.Parameter(torch.tensor(float(config.logit_bias)))
 
     @property
     def logit_scale(self)->Tensor: # () the multiplier of the dot products

@@ -70,13 +70,14 @@ class Surroundings:
             self.restore_random()
             yield
 
-# %% ../../nbs/51_train.cached.ipynb #14bfa465
+# %% ../../nbs/51_train.cached.ipynb #141a274f
 def unpack(
-    out, # what an encoder returned: tensor, tuple, named tuple or dictionary
+    out, # what an encoder returned: tensor, tuple, named tuple, list or dictionary
 )->tuple[list,Callable]: # its values, and the function that puts such values into the same form
     "The values of an encoder's output, and the way back."
     if isinstance(out, Mapping): return list(out.values()), lambda values, keys=tuple(out): dict(zip(keys, values))
-    if isinstance(out, tuple): return list(out), type(out)._make if hasattr(out, '_fields') else tuple
+    if isinstance(out, (tuple, list)): return list(out), type(out)._make if hasattr(out, '_fields') else type(out)
+    if not isinstance(out, Tensor): raise ValueError(f'an encoder must return a tensor, or a tuple, list or dictionary of tensors, got {type(out).__name__}')
     return [out], lambda values: values[0]
 
 # %% ../../nbs/51_train.cached.ipynb #162428d4

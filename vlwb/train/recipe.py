@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Recipe', 'Trained', 'AuxModel', 'train_aux', 'run_recipe']
 
-# %% ../../nbs/54_train.recipe.ipynb #026b8663
+# %% ../../nbs/54_train.recipe.ipynb #02f8dc48
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from ..core import Batch, seed_everything
 from ..losses.infonce import similarity_matrix
 from .cached import in_micro_batches
 from .loop import TrainConfig, train
-from .objectives import AuxFeatures, LossConfig, Objective, encode_set
+from .objectives import LossConfig, Objective, encode_set
 
 # %% ../../nbs/54_train.recipe.ipynb #05894815
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class AuxModel:
         "H's view of a batch."
         return similarity_matrix(*self.features(batch))
 
-# %% ../../nbs/54_train.recipe.ipynb #0818d24f
+# %% ../../nbs/54_train.recipe.ipynb #080b55cb
 def train_aux(
     make_model:Callable[[],nn.Module], # a fresh model of the same architecture
     clean:Callable, # batches of the clean set
@@ -71,7 +71,7 @@ def train_aux(
     identity:dict|None=None, # what else makes this run this run
 )->tuple[object,list[dict]]: # H's view of the whole set, and its log
     "Train H with InfoNCE on the clean set and freeze it."
-    if recipe.aux_steps < 1: raise ValueError(f'{recipe.loss.name!r} trusts H: give it aux_steps, or set alpha_start=0 and alpha_end=0')
+    if recipe.aux_steps < 1: raise ValueError(f'{recipe.loss.name!r} trusts H: give it aux_steps (--aux-steps)' + (', or set alpha_start=0 and alpha_end=0' if recipe.loss.name in ('srcl', 'removal') else ''))
     seed_everything(recipe.train.seed + 1_000_000)                     # H starts elsewhere than the model
     H = make_model()
     objective = in_micro_batches(Objective(LossConfig('infonce', multi_positive=recipe.loss.multi_positive), known=known), recipe.train.micro_batch)
