@@ -150,13 +150,13 @@ class Guide:
     row_threshold:Tensor # (N,) largest similarity that stays a negative of each row
     column_threshold:Tensor # (M,) and of each column
 
-# %% ../../nbs/20a_losses.tiled.ipynb #1865c503
+# %% ../../nbs/20a_losses.tiled.ipynb #18a771df
 @dataclass(frozen=True)
 class Tiling:
     "How the sweep is cut; it changes time and memory, never the result."
     rows:int|None=None # rows of a tile; by device when None
     columns:int|None=None # columns of a tile; by device when None
-    kept_mb:float=20. # megabytes of tiles kept from forward to backward; math.inf keeps the matrix (faster), 0 none
+    kept_mb:float=24. # megabytes of tiles kept from forward to backward; math.inf keeps the matrix (faster), 0 none
 
     def __post_init__(self):
         for name in ('rows', 'columns'):
@@ -211,7 +211,7 @@ class _Tile:
         if self.shift is None: return (values if kept is None else values + kept.log()).logsumexp(dim)
         return (values if kept is None else values * kept).sum(dim).log_().add_(shift)
 
-# %% ../../nbs/20a_losses.tiled.ipynb #22519a18
+# %% ../../nbs/20a_losses.tiled.ipynb #2274f6b9
 class _Sweep:
     "The tiles of one batch, made when asked for."
     def __init__(self, rows, columns, scale, positives, keep, weighting, guide, tiling):
@@ -229,10 +229,12 @@ class _Sweep:
 
     def part(self, features, where): return as_operand(features[where], self.dtype)
 
-    def buffers(self): # two, each of one tile's size; a call's own, for graphs that several threads run
-        area = min(self.height, len(self.rows)) * min(self.width, len(self.columns))
-        both = [self.rows.new_empty(area, dtype=self.dtype) for _ in range(2)]
-        return lambda which, size: both[which][:size[0]*size[1]].view(size)
+    def buffers(self): # two, each of one tile's size, made when first used; a call's own, for graphs that several threads run
+        area, made = min(self.height, len(self.rows)) * min(self.width, len(self.columns)), {}
+        def buffer(which, size):
+            if which not in made: made[which] = self.rows.new_empty(area, dtype=self.dtype)
+            return made[which][:size[0]*size[1]].view(size)
+        return buffer
 
     def excluded(self, r, c): # flat places of the tile that hold positives
         p = slice(*self.pair_starts[r.start//self.height:][:2])
@@ -242,8 +244,8 @@ class _Sweep:
             i, j = i[here], j[here]
         return i * (c.stop - c.start) + j
 
-    def tile(self, r, c, a, b, out, spare):
-        own = product(a, b, out)
+    def tile(self, r, c, a, b, out, buffer):
+        own, spare = product(a, b, out), None if self.weighting is None else buffer(1, out.shape)
         low, high = torch.stack(own.aminmax()).tolist()
         aux, reach = None, 0.
         if self.weighting is not None and self.weighting.alpha > 0:
@@ -299,7 +301,7 @@ def first_derivative_only(
         with torch.autocast(device, enabled=False): return backward(ctx, *grads)
     return checked
 
-# %% ../../nbs/20a_losses.tiled.ipynb #255dfff5
+# %% ../../nbs/20a_losses.tiled.ipynb #25fa7b35
 class _Contrast(torch.autograd.Function):
     "Forward keeps sums; backward makes the tiles again, those apart that were kept."
     @staticmethod
@@ -313,10 +315,11 @@ class _Contrast(torch.autograd.Function):
             a = sweep.part(rows.detach(), r)
             for c in across:
                 size = (r.stop - r.start, c.stop - c.start)
-                own, cost = buffer(0, size), size[0]*size[1] * sweep.dtype.itemsize * (1 if guide is None else 3)
+                cost = size[0]*size[1] * sweep.dtype.itemsize * (1 if guide is None else 3)
                 keeps = cost <= room
-                if keeps: own, room = torch.empty_like(own), room - cost
-                tile = sweep.tile(r, c, a, sweep.part(columns.detach(), c), own, buffer(1, size))
+                if keeps: own, room = rows.new_empty(size, dtype=sweep.dtype), room - cost
+                else: own = buffer(0, size)
+                tile = sweep.tile(r, c, a, sweep.part(columns.detach(), c), own, buffer)
                 _gather(lse, norm, tile, both)
                 if keeps: tile.weights = None; kept[r.start, c.start] = tile
         pair_logits = _pair_products(rows.detach(), columns.detach(), positives, sweep.dtype) * sweep.scale
@@ -339,8 +342,9 @@ class _Contrast(torch.autograd.Function):
             a = sweep.part(rows, r)
             for c in across:
                 b, size = sweep.part(columns, c), (r.stop - r.start, c.stop - c.start)
-                tile = ctx.kept.pop((r.start, c.start), None) or sweep.tile(r, c, a, b, buffer(0, size), buffer(1, size))    # given back: a loss may live on
-                g = _pushes(tile, row_grad, column_grad, row_lse, column_lse, ctx.both, buffer(0, size)).to(a.dtype)
+                tile = ctx.kept.pop((r.start, c.start), None)                             # given back, and overwritten: a second backward makes it again
+                if tile is None: tile = sweep.tile(r, c, a, b, buffer(0, size), buffer)
+                g = _pushes(tile, row_grad, column_grad, row_lse, column_lse, ctx.both).to(a.dtype)
                 if d_rows is not None: _accumulate(d_rows[r], g, b, scale, first=c.start == 0)
                 if d_columns is not None: _accumulate(d_columns[c], g.T, a, scale, first=r.start == 0)
             if need_scale: d_scale += torch.dot(d_rows[r].reshape(-1), rows[r].to(sweep.dtype).reshape(-1)) / scale
@@ -349,15 +353,16 @@ class _Contrast(torch.autograd.Function):
         back = lambda d, x, needed: d.to(x.dtype) if needed else None
         return back(d_rows, rows, need_rows), back(d_columns, columns, need_columns), back(d_scale.reshape(logit_scale.shape), logit_scale, need_scale), *[None]*7
 
-# %% ../../nbs/20a_losses.tiled.ipynb #2694d8d4
+# %% ../../nbs/20a_losses.tiled.ipynb #266b4e91
 def _gather(lse, norm, tile, both):
     "Add a tile's sums to those of its rows and columns."
     for d, (where, kept) in enumerate(((tile.rows, tile.row_keep), (tile.columns, tile.column_keep))[:2 if both else 1]):
         lse[d][where] = torch.logaddexp(lse[d][where], tile.sums(tile.values, tile.shift, 1 - d, kept))
         if tile.weights is not None: norm[d][where] = torch.logaddexp(norm[d][where], tile.sums(tile.weights, 0., 1 - d))
 
-def _pushes(tile, row_grad, column_grad, row_lse, column_lse, both, out):
-    "dL/dlogit of the negatives of a tile: their share of each sum times that sum's gradient. `out` may be the tile's own memory."
+def _pushes(tile, row_grad, column_grad, row_lse, column_lse, both):
+    "dL/dlogit of the negatives of a tile: their share of each sum times that sum's gradient. Written over the tile."
+    out = tile.values
     def factor(grad, lse, where): # (k,) grad exp(shift - lse), 0 where a row has no negative
         lse = lse[where]; empty = lse == -math.inf
         return grad[where].masked_fill(empty, 0), lse.masked_fill(empty, math.inf)
@@ -369,7 +374,7 @@ def _pushes(tile, row_grad, column_grad, row_lse, column_lse, both, out):
             column_g, column_l = factor(column_grad, column_lse, tile.columns)
             rest = 0 if tile.column_keep is None else tile.column_keep.log()
             pushes.add_((tile.values + rest - column_l).exp_().mul_(column_g))
-        return out.copy_(pushes)
+        return pushes
     most = SPAN/2 + 2                                             # of a row with a negative in this tile; beyond it the tile holds zeros only
     row_f = row_g * (tile.shift - row_l).clamp(max=most).exp()
     if not both: return torch.mul(tile.values, row_f[:,None] if tile.row_keep is None else tile.row_keep * row_f[:,None], out=out)
