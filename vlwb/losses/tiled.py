@@ -150,13 +150,13 @@ class Guide:
     row_threshold:Tensor # (N,) largest similarity that stays a negative of each row
     column_threshold:Tensor # (M,) and of each column
 
-# %% ../../nbs/20a_losses.tiled.ipynb #18a771df
+# %% ../../nbs/20a_losses.tiled.ipynb #18b221d9
 @dataclass(frozen=True)
 class Tiling:
     "How the sweep is cut; it changes time and memory, never the result."
     rows:int|None=None # rows of a tile; by device when None
     columns:int|None=None # columns of a tile; by device when None
-    kept_mb:float=24. # megabytes of tiles kept from forward to backward; math.inf keeps the matrix (faster), 0 none
+    kept_mb:float=32. # megabytes of tiles kept from forward to backward; math.inf keeps the matrix (faster), 0 none
 
     def __post_init__(self):
         for name in ('rows', 'columns'):
