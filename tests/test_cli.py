@@ -50,6 +50,22 @@ def test_demo_in_miniature(tmp_path):
     assert set(metrics['runs']) == {'InfoNCE', 'SRCL'} and 'data:image/png' in (tmp_path/'report'/'report.html').read_text()
 
 
+def test_train_with_other_losses(tmp_path):
+    "Losses of the family on features, in micro-batches: the sigmoid loss learns its bias, one that trusts H says how to give it one."
+    import numpy as np
+    from vlwb.data.toy import hidden_matches
+    from vlwb.models.dual import DualEncoder
+    toy = hidden_matches()
+    np.savez(tmp_path/'features.npz', image_features=toy.images.numpy(), text_features=toy.texts.numpy(), caption_image=np.asarray(toy.caption_image))
+    common = 'train', tmp_path/'features.npz', '--steps', 12, '--batch-size', 16, '--micro-batch', 5, '--device', 'cpu'
+    vlwb(*common, '--loss', 'siglip', '--out', tmp_path/'siglip')
+    model = DualEncoder.from_pretrained(tmp_path/'siglip')
+    assert model.logit_bias is not None and -10.5 < model.logit_bias.item() < -9 and model.logit_bias.item() != -10 and 9 < model.logit_scale.item() < 11
+    vlwb(*common, '--loss', 'gist', '--aux-steps', 5, '--guide-margin', 0.1, '--out', tmp_path/'gist')
+    assert json.loads((tmp_path/'gist'/'vlwb.json').read_text())['recipe']['loss']['guide_margin'] == 0.1
+    assert '--aux-steps' in vlwb(*common, '--loss', 'soft', '--out', tmp_path/'soft', code=2)
+
+
 def test_train_eval_audit_on_a_folder(photos, tmp_path):
     run = tmp_path/'run'
     vlwb('train', photos/'captions.jsonl', '--kind', 'tiny', '--steps', 8, '--aux-steps', 3, '--loss', 'srcl', '--similarity-temperature', .3, '--batch-size', 12, '--out', run, '--device', 'cpu')
