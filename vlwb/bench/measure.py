@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Row', 'make_row', 'as_table', 'as_json', 'Times', 'interleaved', 'peak_memory', 'run_python']
 
-# %% ../../nbs/80_bench.measure.ipynb #02a239c5
-import json, os, subprocess, sys
+# %% ../../nbs/80_bench.measure.ipynb #0212f98a
+import json, subprocess, sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from time import perf_counter
