@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['sigmoid_terms', 'siglip']
 
-# %% ../../nbs/24_losses.siglip.ipynb #0210ba81
+# %% ../../nbs/24_losses.siglip.ipynb #0207d9cf
 import math
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from .regulation import check_ids, check_mask
-from .tiled import id_codes
-from .processes import gather_ids, row_range, total
+from .regulation import check_mask
+from .symmetric import match_codes
+from .processes import row_range, total
 from .blocks import sum_over_ring
 from .infonce import check_batch, check_logit_scale, similarity_matrix
 
@@ -36,34 +36,21 @@ def sigmoid_terms(
     losses = F.logsigmoid(torch.where(same, logits, -logits))
     return -(losses if keep is None else losses.masked_fill(~these(keep), 0.)).sum()
 
-# %% ../../nbs/24_losses.siglip.ipynb #1153813d
-def _codes(shape, image_ids, text_image_ids, group, device):
-    "Whole numbers for the ids of this process's images and texts, equal across processes; and whether any image has a text."
-    n, m = shape
-    (start, stop, _), (first, last, _) = row_range(n, group), row_range(m, group)
-    if image_ids is None:
-        if text_image_ids is not None: raise ValueError('text_image_ids needs image_ids beside it')
-        if n != m: raise ValueError(f'{n} images and {m} texts have no diagonal: give positives ({n},{m}), or image_ids ({n},) and text_image_ids ({m},)')
-        return (torch.arange(start, stop, device=device),) * 2 + (True,)
-    image_ids, columns = check_ids(shape, image_ids, text_image_ids)
-    images, texts = id_codes(gather_ids(image_ids, group), gather_ids(columns, group), device=device)
-    return images[start:stop], texts[first:last], bool(torch.isin(images, texts).any())
-
-# %% ../../nbs/24_losses.siglip.ipynb #12aa1716
+# %% ../../nbs/24_losses.siglip.ipynb #11aa1716
 def _used(keep, num_images, num_texts, group):
     "Half the images and texts, of all processes, that have a pair left."
     if keep is None: return (num_images + num_texts) / 2
     images, texts = total(keep.any(1).sum(), group), (total(keep.any(0), group) > 0).sum()
     return ((images + texts) / 2).clamp(min=1)
 
-# %% ../../nbs/24_losses.siglip.ipynb #132bda0a
+# %% ../../nbs/24_losses.siglip.ipynb #122bda0a
 def _number(name, x, device):
     if isinstance(x, Tensor) and x.numel() != 1: raise ValueError(f'{name} must be one number, got shape {tuple(x.shape)}')
     x = x.reshape(()) if isinstance(x, Tensor) else torch.tensor(float(x), device=device)
     if not math.isfinite(x.item()): raise ValueError(f'{name} must be finite, got {x.item()}')
     return x
 
-# %% ../../nbs/24_losses.siglip.ipynb #1566aea3
+# %% ../../nbs/24_losses.siglip.ipynb #14b1b7a3
 def siglip(
     image_features:Tensor, # (N,D) unit norm
     text_features:Tensor, # (M,D) unit norm
@@ -82,7 +69,7 @@ def siglip(
     num_images, (first, last, num_texts) = row_range(n, group)[2], row_range(m, group)
     if 0 in (num_images, num_texts): raise ValueError(f'a loss needs at least one image and one text, the processes together hold {num_images} and {num_texts}')
     images = texts = columns = None
-    if positives is None: images, texts, some = _codes((n, m), image_ids, text_image_ids, group, device)
+    if positives is None: images, texts, *everybody = match_codes((n, m), image_ids, text_image_ids, group=group, device=device); some = bool(torch.isin(*everybody).any())
     elif image_ids is not None or text_image_ids is not None: raise ValueError('give image_ids or positives, not both')
     else: positives = check_mask('positives', positives, (n, num_texts), device); some = bool(total(positives.any(), group))
     if not some: raise ValueError(f'none of the {num_images} x {num_texts} pairs is a known positive: there is nothing to pull together')

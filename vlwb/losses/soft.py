@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TargetConfig', 'target_rows', 'soft_anchor_losses', 'SoftDirection', 'check_targets', 'soft_targets']
 
-# %% ../../nbs/29_losses.soft.ipynb #02047e12
+# %% ../../nbs/29_losses.soft.ipynb #02e2c61e
 from dataclasses import dataclass
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from .regulation import check_mask
 from .processes import gather_rows, row_range, total
 from .blocks import sum_over_blocks
 from .infonce import check_logit_scale, check_unit_norm, similarity_matrix
-from .albef import match_codes
+from .symmetric import match_codes
 
 # %% ../../nbs/29_losses.soft.ipynb #066d902e
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['merge_logsumexp', 'safe', 'segment_logsumexp', 'Candidates', 'Anchors', 'direction_loss', 'positives_among',
-           'tiled_loss']
+           'match_codes', 'count_negatives', 'tiled_loss']
 
 # %% ../../nbs/20e_losses.symmetric.ipynb #0283db3b
 import math
@@ -158,7 +158,36 @@ def positives_among(
     image_ids, of = check_ids((len(image_features), len(text_features)), image_ids, text_image_ids)
     return find_positives(shape, image_ids, gather_ids(of, group), device=device)
 
-# %% ../../nbs/20e_losses.symmetric.ipynb #22829e08
+# %% ../../nbs/20e_losses.symmetric.ipynb #22a7fa3d
+def match_codes(
+    shape:tuple[int,int], # (N,M): images and texts of this process
+    image_ids=None, # (N,) ids of the images; the diagonal when None
+    text_image_ids=None, # (M,) id of the image each text belongs to; `image_ids` when None
+    queue_ids=None, # (Q,) ids of the queue's entries
+    group=None, # process group
+    device:torch.device|str='cpu', # where the codes go
+)->list[Tensor]: # whole numbers, equal where ids are equal: own images (N,), own texts (M,), images and texts of all processes, and the queue where there is one
+    "Who matches whom, as numbers, for losses that compare ids themselves. `ValueError` on a wrong length."
+    n, m = shape
+    if image_ids is None:
+        if text_image_ids is not None or queue_ids is not None: raise ValueError('text_image_ids and queue_ids need image_ids beside them')
+        if n != m: raise ValueError(f'{n} images and {m} texts have no diagonal: give positives ({n},{m}), or image_ids ({n},) and text_image_ids ({m},)')
+        image_ids = torch.arange(*row_range(n, group)[:2], device=device)
+    here = [ids.to(device) if isinstance(ids, Tensor) else ids for ids in check_ids(shape, image_ids, text_image_ids)]
+    return id_codes(*here, *(gather_ids(ids, group) for ids in here), *(() if queue_ids is None else (queue_ids,)), device=device)
+
+# %% ../../nbs/20e_losses.symmetric.ipynb #23ac3ea8
+def count_negatives(
+    positives:Positives, # known positives
+    keep:Tensor|None, # (N,M) bool, or None
+)->tuple[Tensor,Tensor]: # (N,) negatives of each image, (M,) negatives of each text
+    "How many pairs of each row and column are neither positive nor taken out."
+    n, m = positives.shape
+    if keep is None: return m - positives.row_counts, n - positives.column_counts
+    left = positives.kept(keep)
+    return keep.sum(1) - left.row_counts, keep.sum(0) - left.column_counts
+
+# %% ../../nbs/20e_losses.symmetric.ipynb #266b8cb8
 def tiled_loss(
     image_features:Tensor, # (N,D) unit norm; with a group, this process's share
     text_features:Tensor, # (M,D) unit norm
@@ -202,11 +231,10 @@ def tiled_loss(
 
 def _both_directions(c:Contrast, pairs, keep, own, group):
     "The kernel's sums as anchors of the two directions, the columns' put together over processes."
-    n, m = pairs.shape
-    rows, columns = (m, n) if keep is None else (keep.sum(1), keep.sum(0))
+    rows, columns = count_negatives(pairs, keep)
     merged = lambda x: None if x is None else merge_logsumexp(x, group)[own]
-    image = Anchors(c.row_lse, c.row_log_norm, rows - pairs.row_counts, [(pairs.rows, c.pair_logits)])
-    text = Anchors(merged(c.column_lse), merged(c.column_log_norm), total(columns - pairs.column_counts, group)[own], [(pairs.columns, c.pair_logits)])
+    image = Anchors(c.row_lse, c.row_log_norm, rows, [(pairs.rows, c.pair_logits)])
+    text = Anchors(merged(c.column_lse), merged(c.column_log_norm), total(columns, group)[own], [(pairs.columns, c.pair_logits)])
     return image, text
 
 def _queue_codes(image_ids, text_image_ids, queue_ids, device):

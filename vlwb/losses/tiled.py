@@ -188,7 +188,7 @@ def product(
     "a b^T accumulated in the dtype of `out`."
     return torch.mm(a, b.T, out=out) if a.dtype == out.dtype else out.copy_(torch.mm(a, b.T, out_dtype=out.dtype))
 
-# %% ../../nbs/20a_losses.tiled.ipynb #21f76446
+# %% ../../nbs/20a_losses.tiled.ipynb #21064ab9
 SPAN = 150. # largest range of exponents in a tile that one shift serves in float32: exp reaches from -87 to 88
 
 @dataclass(eq=False)
@@ -208,10 +208,11 @@ class _Tile:
         dim:int, # 1: rows, 0: columns
         kept:Tensor|None=None, # (k,w) 0 or 1
     )->Tensor: # (k,) or (w,) log-sum-exp
+        "Log-sum-exp over one side of the tile."
         if self.shift is None: return (values if kept is None else values + kept.log()).logsumexp(dim)
         return (values if kept is None else values * kept).sum(dim).log_().add_(shift)
 
-# %% ../../nbs/20a_losses.tiled.ipynb #2274f6b9
+# %% ../../nbs/20a_losses.tiled.ipynb #22fc144e
 class _Sweep:
     "The tiles of one batch, made when asked for."
     def __init__(self, rows, columns, scale, positives, keep, weighting, guide, tiling):
@@ -245,6 +246,7 @@ class _Sweep:
         return i * (c.stop - c.start) + j
 
     def tile(self, r, c, a, b, out, buffer):
+        "Multiply, look at the range, and take the form that holds it."
         own, spare = product(a, b, out), None if self.weighting is None else buffer(1, out.shape)
         low, high = torch.stack(own.aminmax()).tolist()
         aux, reach = None, 0.
@@ -259,6 +261,7 @@ class _Sweep:
         return self.narrow_tile(r, c, own, aux, spare, self.scale*high + above - max(0., span - SPAN/2))
 
     def narrow_tile(self, r, c, own, aux, spare, shift):
+        "Exponentials about one shift: one for both directions."
         weights = None if self.weighting is None else self.weighting.weights(own, aux, spare)
         values = torch.add(own.new_tensor(-shift), own, alpha=self.scale, out=own).exp_()
         if weights is not None: values.mul_(weights)
@@ -269,6 +272,7 @@ class _Sweep:
         return _Tile(r, c, values, shift, weights, *self.verdict(r, c))
 
     def wide_tile(self, r, c, own, aux):
+        "Exponents, for a range that no one shift serves."
         log_weights = None if self.weighting is None else self.weighting.log_weights(own, aux)
         values = own.mul_(self.scale)
         if log_weights is not None: values = values + log_weights
