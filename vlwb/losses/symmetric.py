@@ -158,7 +158,7 @@ def positives_among(
     image_ids, of = check_ids((len(image_features), len(text_features)), image_ids, text_image_ids)
     return find_positives(shape, image_ids, gather_ids(of, group), device=device)
 
-# %% ../../nbs/20e_losses.symmetric.ipynb #22a7fa3d
+# %% ../../nbs/20e_losses.symmetric.ipynb #22c21588
 def match_codes(
     shape:tuple[int,int], # (N,M): images and texts of this process
     image_ids=None, # (N,) ids of the images; the diagonal when None
@@ -172,7 +172,9 @@ def match_codes(
     if image_ids is None:
         if text_image_ids is not None or queue_ids is not None: raise ValueError('text_image_ids and queue_ids need image_ids beside them')
         if n != m: raise ValueError(f'{n} images and {m} texts have no diagonal: give positives ({n},{m}), or image_ids ({n},) and text_image_ids ({m},)')
-        image_ids = torch.arange(*row_range(n, group)[:2], device=device)
+        start, stop, every = row_range(n, group)
+        mine, everybody = torch.arange(start, stop, device=device), torch.arange(every, device=device)
+        return [mine, mine, everybody, everybody]                 # nothing to exchange
     here = [ids.to(device) if isinstance(ids, Tensor) else ids for ids in check_ids(shape, image_ids, text_image_ids)]
     return id_codes(*here, *(gather_ids(ids, group) for ids in here), *(() if queue_ids is None else (queue_ids,)), device=device)
 
