@@ -180,6 +180,32 @@ def albef_case(queue=False, **kw):
     return case
 
 
+def momentum_case(queue=False, **kw):
+    def case(s):
+        from vlwb.losses.momentum import momentum_contrast
+        more = dict(image_queue=s.queue_image, text_queue=s.queue_text, queue_ids=s.queue_ids) if queue else {}
+        if kw.get('alpha'): more |= dict(aux_image_features=s.aux_image, aux_text_features=s.aux_text)
+        if kw.get('alpha') and queue: more |= dict(aux_image_queue=s.queue_aux_image, aux_text_queue=s.queue_aux_text)
+        return momentum_contrast(s.image_features, s.text_features, s.logit_scale, momentum_image_features=s.momentum_image, momentum_text_features=s.momentum_text, image_ids=s.ids, group=s.group, similarity_temperature=0.3, **more, **kw)
+    return case
+
+
+def momentum_mask(s):
+    "Known positives as a mask whose columns are the texts of all processes."
+    from vlwb.losses.momentum import momentum_contrast
+    return momentum_contrast(s.image_features, s.text_features, s.logit_scale, momentum_image_features=s.momentum_image, momentum_text_features=s.momentum_text, positives=s.ids[:, None] == everybody(s.ids, s), group=s.group)
+
+
+def masked_tokens(s):
+    "Features as the logits of five tokens; each process masks its rows as one process would, and nothing may be masked on one of them."
+    from vlwb.losses.processes import row_range
+    from vlwb.train.masking import mask_tokens, mlm_loss
+    ids = torch.stack([s.ids % 5, 0 * s.ids, (s.ids + 1) % 5], 1)
+    _, labels = mask_tokens(ids, mask_token_id=5, vocab_size=5, special_ids=(5,), share=0.5, generator=torch.Generator().manual_seed(0), rows=row_range(len(ids), s.group))
+    logits, slow = (torch.stack([v, t, v * t], 1) for v, t in ((s.image_features, s.text_features), (s.momentum_image, s.momentum_text)))
+    return mlm_loss(logits, labels, slow, soft_weight=0.4, group=s.group)
+
+
 def vse_case(**kw):
     def case(s):
         from vlwb.losses.vse import vse
@@ -242,6 +268,13 @@ CASES = {                                                # name -> function of a
     'srcl queue extra': srcl_case(alpha=0.4, queue=True, extra=True, multi_positive='each'),
     'albef': albef_case(),
     'albef queue': albef_case(queue=True, soft_weight=0.3),
+    'momentum': momentum_case(),
+    'momentum mask': momentum_mask,
+    'momentum queue each': momentum_case(queue=True, multi_positive='each'),
+    'momentum srcl own': momentum_case(weights='srcl', alpha=0., queue=True),
+    'momentum srcl queue': momentum_case(weights='srcl', alpha=0.4, queue=True),
+    'momentum removal': momentum_case(weights='removal', alpha=0.4, queue=True, threshold=0.8),
+    'masked tokens': masked_tokens,
     'vse max': vse_case(),
     'vse sum mean': vse_case(hardest=False, reduction='mean'),
     'dcl': debiased_case('dcl', tau_plus=0.1),

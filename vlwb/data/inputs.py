@@ -358,7 +358,7 @@ class TensorSet:
         image = torch.from_numpy(self.caption_image)[index]
         return Batch(self.images_at(image), self.texts_at(index), image, index)
 
-# %% ../../nbs/13_data.inputs.ipynb #29dbe640
+# %% ../../nbs/13_data.inputs.ipynb #2985ca6a
 class _Epoch:
     "A dataset at one epoch, for the DataLoader."
     def __init__(self, dataset, epoch): self.dataset, self.epoch = dataset, epoch
@@ -380,8 +380,11 @@ def make_loader(
     drop_last:bool=False, # leave incomplete batches out
     start:int=0, # first batch to give: resume in the middle of an epoch
     workers:int=0, # processes that decode images; 0 for images in memory
+    share:tuple[int,int]=(0,1), # this process's number and how many share each batch: contiguous rows, in order
 )->DataLoader: # of vlwb.core.Batch, one epoch
     "One epoch of batches in an order that seed and epoch decide."
     order = epoch_order(dataset.caption_image, batch_size, seed, epoch, shuffle, one_caption_per_image, drop_last)
-    return DataLoader(_Epoch(dataset, epoch), batch_sampler=order[start:], collate_fn=as_is, num_workers=workers,
+    rank, size = share
+    mine = [b[rank*len(b)//size:(rank+1)*len(b)//size] for b in order[start:]]
+    return DataLoader(_Epoch(dataset, epoch), batch_sampler=mine, collate_fn=as_is, num_workers=workers,
                       generator=make_generator(seed))             # its own: the global state must not depend on how often a run was resumed

@@ -51,9 +51,11 @@ def _build_tower(spec:dict, side:str) -> tuple[nn.Module, int]:
 def _pooled(out):
     return out if isinstance(out, Tensor) else out.pooler_output
 
-# %% ../../nbs/42_models.dual.ipynb #07bd63c2
+# %% ../../nbs/42_models.dual.ipynb #07494c1a
 class DualEncoder(nn.Module):
     "Two towers, two linear projections to a shared space, a learned `log_logit_scale` and, for the sigmoid loss, a learned `logit_bias`."
+    vision_parts = 'image_tower.', 'clip.vision_model.'                       # for a learning rate of its own
+
     def __init__(self,
         config:DualEncoderConfig=DualEncoderConfig(), # what to build
     ):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['count_rows', 'split_rows', 'Surroundings', 'unpack', 'Call', 'plan_calls', 'FirstPass', 'note_spans', 'first_pass',
            'warn_if_different', 'second_pass', 'batch_norms', 'kept_buffers', 'TwoPass', 'cached_backward',
-           'in_micro_batches']
+           'InMicroBatches', 'in_micro_batches']
 
 # %% ../../nbs/51_train.cached.ipynb #02cb59c4
 from collections.abc import Callable, Iterator, Mapping
@@ -267,11 +267,24 @@ def cached_backward(
     (value if scaler is None else scaler.scale(value)).backward()
     return value.detach()
 
-# %% ../../nbs/51_train.cached.ipynb #619c5901
+# %% ../../nbs/51_train.cached.ipynb #6195645e
+class InMicroBatches:
+    "An objective that sees its model as a `TwoPass`; all else, its state among it, is the objective's own."
+    def __init__(self,
+        objective:Callable, # (model, batch, step) -> (loss, stats)
+        micro_batch:int, # items encoded at a time
+    ): vars(self).update(objective=objective, micro_batch=micro_batch)
+
+    def __call__(self, model, batch, step): return self.objective(TwoPass(model, self.micro_batch), batch, step)
+
+    def __getattr__(self, name): return getattr(vars(self)['objective'], name)
+
+    def __setattr__(self, name, value): setattr(self.objective, name, value)
+
 def in_micro_batches(
     objective:Callable, # (model, batch, step) -> (loss, stats), such as an `Objective`
     micro_batch:int, # items encoded at a time; 0: the objective as it is
 )->Callable: # the same objective with the memory of a micro-batch
     "An objective whose model encodes in two passes."
     if not micro_batch: return objective
-    return lambda model, batch, step: objective(TwoPass(model, micro_batch), batch, step)
+    return InMicroBatches(objective, micro_batch)

@@ -6,7 +6,7 @@
 __all__ = ['TrainConfig', 'rate_at', 'make_optimizer', 'Batches', 'save_checkpoint', 'latest_checkpoint', 'load_checkpoint',
            'RunLog', 'read_log', 'Diverged', 'train_step', 'train']
 
-# %% ../../nbs/50_train.loop.ipynb #0252f275
+# %% ../../nbs/50_train.loop.ipynb #0242be8d
 import json, math, shutil, tempfile, time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -19,15 +19,17 @@ from torch import nn
 from tqdm import tqdm
 from ..core import Batch, pick_device, seed_everything, write_atomic
 from ..data.inputs import epoch_order, make_loader
+from .processes import Team, average_gradients, join_team, own_share
 
-# %% ../../nbs/50_train.loop.ipynb #053a1233
+# %% ../../nbs/50_train.loop.ipynb #05bf4633
 @dataclass(frozen=True)
 class TrainConfig:
     "The settings of one training run; two runs that differ in one field differ in that alone."
     steps:int=600 # optimiser updates
     lr:float=1e-3 # peak learning rate
+    vision_lr:float|None=None # of the image encoder, where it is another one
     weight_decay:float=0.01 # on matrices; never on biases, norms and the scale
-    warmup:float=0.1 # share of the steps in which the rate rises linearly
+    warmup:float=0.1 # share of the steps in which the rate rises linearly; from 1 on, a number of steps
     clip_norm:float=1. # gradient norm above which gradients are shrunk
     seed:int=0 # initial states and dropout; the batches carry their own
     micro_batch:int=0 # pairs encoded at a time (`train.cached`): the whole batch's gradient in the memory of these; 0 encodes all at once
@@ -37,28 +39,32 @@ class TrainConfig:
     evaluate_every:int=0 # steps between evaluations; 0: only after the last
     checkpoint_every:int=0 # steps between checkpoints; 0: only after the last, where a folder is given
 
-# %% ../../nbs/50_train.loop.ipynb #079ee46d
+# %% ../../nbs/50_train.loop.ipynb #074012fa
 def rate_at(
     step:int, # 0-based step
     config:TrainConfig, # steps and warm-up
 )->float: # factor on the peak rate, in (0,1]
     "Linear warm-up, then half a cosine to zero."
-    warm = max(1, round(config.warmup * config.steps))
+    warm = max(1, round(config.warmup * (config.steps if config.warmup < 1 else 1)))
     if step < warm: return (step + 1) / warm
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, config.steps - warm)))
 
-# %% ../../nbs/50_train.loop.ipynb #103bcc3d
+# %% ../../nbs/50_train.loop.ipynb #11cbc9db
 def make_optimizer(
     model:nn.Module, # what is trained
     config:TrainConfig, # rate and decay
-)->torch.optim.AdamW: # two groups: decayed matrices, everything else
-    "AdamW with weight decay on matrices only."
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [dict(params=[p for p in trained if p.ndim >= 2], weight_decay=config.weight_decay),
-              dict(params=[p for p in trained if p.ndim < 2], weight_decay=0.)]
+)->torch.optim.AdamW: # two groups: decayed matrices, everything else; with `peak`, the rate that the schedule multiplies
+    "AdamW with weight decay on matrices only; the image encoder in two groups of its own where it has its own rate."
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    parts = [(trained, config.lr)]
+    if config.vision_lr is not None:
+        if not hasattr(model, 'vision_parts'): raise ValueError(f'vision_lr {config.vision_lr} needs a model that names its vision_parts, which {type(model).__name__} does not')
+        seen = [(n, p) for n, p in trained if n.startswith(model.vision_parts)]
+        parts = [([(n, p) for n, p in trained if not n.startswith(model.vision_parts)], config.lr), (seen, config.vision_lr)]
+    groups = [dict(params=[p for _, p in part if (p.ndim >= 2) == matrices], weight_decay=config.weight_decay if matrices else 0., peak=peak) for part, peak in parts for matrices in (True, False)]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), eps=1e-6, foreach=True)
 
-# %% ../../nbs/50_train.loop.ipynb #132e76ad
+# %% ../../nbs/50_train.loop.ipynb #14a438a5
 class Batches:
     "Shuffled batches of a set, epoch after epoch; batch k is a pure function of (set, batch_size, seed, k)."
     def __init__(self,
@@ -67,10 +73,16 @@ class Batches:
         seed:int=0, # of the order and of random crops
         one_caption_per_image:bool=True, # False lets captions of one image meet; their ids keep them from being negatives
         workers:int=0, # processes that decode images; 0 for sets in memory
+        share:tuple[int,int]=(0,1), # this process's number and how many share each batch: it gets its rows alone
     ):
         if not len(epoch_order(dataset.caption_image, batch_size, seed, 0, True, one_caption_per_image, True)):
             raise ValueError(f'batch_size {batch_size} is more than the set can fill: it has {len(set(np.asarray(dataset.caption_image).tolist()))} images with {len(dataset.caption_image)} captions')
-        self.dataset,self.batch_size,self.seed,self.one_caption_per_image,self.workers = dataset,batch_size,seed,one_caption_per_image,workers
+        self.dataset,self.batch_size,self.seed,self.one_caption_per_image,self.workers,self.share = dataset,batch_size,seed,one_caption_per_image,workers,share
+
+    def shared(self,
+        team:Team, # the processes
+    )->'Batches': # the same batches, cut for one process before anything is decoded
+        return Batches(self.dataset, self.batch_size, self.seed, self.one_caption_per_image, self.workers, (team.rank, team.size))
 
     def __call__(self,
         start:int=0, # first step wanted
@@ -78,28 +90,32 @@ class Batches:
         for epoch in count():
             order = epoch_order(self.dataset.caption_image, self.batch_size, self.seed, epoch, True, self.one_caption_per_image, True)
             if start < len(order):
-                yield from make_loader(self.dataset, self.batch_size, self.seed, epoch, True, self.one_caption_per_image, True, start, self.workers)
+                yield from make_loader(self.dataset, self.batch_size, self.seed, epoch, True, self.one_caption_per_image, True, start, self.workers, self.share)
             start = max(0, start - len(order))
 
-# %% ../../nbs/50_train.loop.ipynb #17a86d06
+# %% ../../nbs/50_train.loop.ipynb #1839c390
 def save_checkpoint(
     folder:str|Path, # the run's folder
     step:int, # steps done
     model:nn.Module, # its trained and fixed weights and buffers
     optimizer:torch.optim.Optimizer, # its moments
     extra:dict|None=None, # JSON-able state of anything else
+    state:nn.Module|None=None, # what the objective remembers: slow copies, queues
+    random:list|None=None, # random states of the other processes of a run
 )->Path: # the checkpoint's folder
     "Write `checkpoint-STEP` in one step and drop older ones."
     from safetensors.torch import save_model, save_file
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(dir=folder, prefix='.writing-'))
     save_model(model, str(draft/'model.safetensors'))
-    state = optimizer.state_dict()
-    tensors = {f'optimizer.{i}.{k}': v.contiguous() for i, s in state['state'].items() for k, v in s.items()}
+    if state is not None: save_model(state, str(draft/'objective.safetensors'))
+    moments = optimizer.state_dict()
+    tensors = {f'optimizer.{i}.{k}': v.contiguous() for i, s in moments['state'].items() for k, v in s.items()}
     tensors['rng.cpu'] = torch.get_rng_state()
+    tensors |= {f'rng.process.{i}': s for i, s in enumerate(random or [], 1)}
     if torch.cuda.is_available(): tensors |= {f'rng.cuda.{i}': s for i, s in enumerate(torch.cuda.get_rng_state_all())}
     save_file(tensors, draft/'state.safetensors')
-    write_atomic(draft/'state.json', json.dumps(dict(step=step, groups=state['param_groups'], extra=extra or {})))
+    write_atomic(draft/'state.json', json.dumps(dict(step=step, groups=moments['param_groups'], extra=extra or {})))
     final = folder/f'checkpoint-{step:08d}'
     if final.exists(): shutil.rmtree(final)
     draft.rename(final)
@@ -115,29 +131,33 @@ def latest_checkpoint(
     found = sorted(Path(folder).glob('checkpoint-*'))
     return found[-1] if found else None
 
-# %% ../../nbs/50_train.loop.ipynb #182deba2
+# %% ../../nbs/50_train.loop.ipynb #19c54afb
 def load_checkpoint(
     path:str|Path, # a checkpoint's folder
     model:nn.Module, # built as it was
     optimizer:torch.optim.Optimizer, # made as it was
+    state:nn.Module|None=None, # what the objective remembers, made as it was
+    rank:int=0, # of this process
 )->dict: # step and extra
-    "Bring model, optimiser and random state back to where `save_checkpoint` left them."
+    "Bring model, optimiser, the objective's state and random state back to where `save_checkpoint` left them."
     from safetensors.torch import load_file, load_model
     path = Path(path)
-    state, tensors = json.loads((path/'state.json').read_text()), load_file(path/'state.safetensors')
+    record, tensors = json.loads((path/'state.json').read_text()), load_file(path/'state.safetensors')
     load_model(model, str(path/'model.safetensors'), strict=True)
+    if (state is not None) != (path/'objective.safetensors').exists(): raise ValueError(f"{path} {'lacks' if state is not None else 'holds'} the state of an objective with momentum: it belongs to another loss")
+    if state is not None: load_model(state, str(path/'objective.safetensors'), strict=True)
     moments = {}
     for name, value in tensors.items():
         if name.startswith('optimizer.'):
             _, i, key = name.split('.', 2)
             moments.setdefault(int(i), {})[key] = value
-    optimizer.load_state_dict(dict(state=moments, param_groups=state['groups']))
-    torch.set_rng_state(tensors['rng.cpu'])
+    optimizer.load_state_dict(dict(state=moments, param_groups=record['groups']))
+    torch.set_rng_state(tensors.get(f'rng.process.{rank}', tensors['rng.cpu']))
     cuda = [tensors[k] for k in sorted((k for k in tensors if k.startswith('rng.cuda.')), key=lambda k: int(k.rsplit('.', 1)[1]))]
     if cuda and torch.cuda.is_available(): torch.cuda.set_rng_state_all(cuda)
-    return dict(step=state['step'], **state['extra'])
+    return dict(step=record['step'], **record['extra'])
 
-# %% ../../nbs/50_train.loop.ipynb #20631b4e
+# %% ../../nbs/50_train.loop.ipynb #21631b4e
 class RunLog:
     "Records of a run, kept in memory and, where a folder is given, in `log.jsonl`; TensorBoard beside it on request."
     def __init__(self,
@@ -178,7 +198,7 @@ def _tensorboard(folder):
     except ImportError as e: raise ImportError('TensorBoard logging needs: pip install "vlwb[tensorboard]"') from e
     return SummaryWriter(str(folder))
 
-# %% ../../nbs/50_train.loop.ipynb #22f53496
+# %% ../../nbs/50_train.loop.ipynb #23f53496
 class Diverged(FloatingPointError):
     "The loss or a gradient is NaN or infinite; the message names the step."
 
@@ -195,7 +215,7 @@ def _check_finite(loss, norm, step, stats, config):
     raise Diverged(f'{what} is {(loss if what == "loss" else norm).item()} at step {step} (rate {config.lr * rate_at(step, config):.2e}, {stats}); '
                    'lower lr or max_scale, lengthen warmup, or use float32; the last checkpoint is unharmed')
 
-# %% ../../nbs/50_train.loop.ipynb #23661606
+# %% ../../nbs/50_train.loop.ipynb #24ff33d4
 def _forward(objective, model, batch, step, device_type, dtype):
     "The objective under autocast; features that are not finite stop the run here, with the step."
     try:
@@ -212,13 +232,15 @@ def train_step(
     config:TrainConfig, # rate, clipping, precision
     step:int, # 0-based
     scaler:torch.amp.GradScaler|None=None, # for float16
+    team:Team|None=None, # processes that share the batch
 )->dict: # loss, gradient norm, rate and the objective's statistics, as tensors or floats
     "One update: forward, backward, clip, step. Raises `Diverged` on NaN or infinity."
     dtype = _precision(config, batch.image_ids.device)
-    for group in optimizer.param_groups: group['lr'] = config.lr * rate_at(step, config)
+    for group in optimizer.param_groups: group['lr'] = group.get('peak', config.lr) * rate_at(step, config)
     loss, stats = _forward(objective, model, batch, step, batch.image_ids.device.type, dtype)
     optimizer.zero_grad(set_to_none=True)
     (loss if scaler is None else scaler.scale(loss)).backward()
+    if team is not None: average_gradients(model, team)
     if scaler is not None: scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], config.clip_norm)
     shrinking = scaler is not None and scaler.get_scale() > 1                   # a float16 scaler skips overflowing steps and halves itself, down to 1
@@ -226,9 +248,10 @@ def train_step(
     if scaler is None: optimizer.step()
     else: scaler.step(optimizer); scaler.update()
     if hasattr(model, 'clamp_scale_'): model.clamp_scale_()
+    if hasattr(objective, 'after_step'): objective.after_step(model)
     return dict(loss=loss.item(), grad_norm=norm.item(), lr=optimizer.param_groups[0]['lr'], **stats)
 
-# %% ../../nbs/50_train.loop.ipynb #246cb4fe
+# %% ../../nbs/50_train.loop.ipynb #250dc1af
 def train(
     model:nn.Module, # trained in place
     batches:Callable[[int],Iterator[Batch]], # batches(k) yields batch k, k+1, ...
@@ -241,33 +264,31 @@ def train(
     tensorboard:bool=False, # also write TensorBoard events into the folder
     identity:dict|None=None, # JSON-able: what else makes this run this run (loss, data); a folder with another identity is refused
 )->list[dict]: # the log's records
-    "Train `model` for `config.steps` updates, going on from the folder's last checkpoint if there is one."
-    device = pick_device(config.device)
+    "Train `model` for `config.steps` updates, going on from the folder's last checkpoint if there is one; started several times by `accelerate launch`, the processes share each batch."
+    team = join_team(config.device)
+    device = pick_device(config.device) if team is None else team.device
     seed_everything(config.seed)
     model.to(device).train()
+    batches = _begin(model, batches, objective, team)
     optimizer, step = make_optimizer(model, config), 0
     scaler = torch.amp.GradScaler(device.type) if _precision(config, device) == torch.float16 else None
-    if folder is not None: step = _resume(folder, model, optimizer, scaler, config, identity)
-    log, start = RunLog(folder, step, tensorboard), time.perf_counter()
-    bar = tqdm(total=config.steps, initial=step, desc=name, disable=not progress, mininterval=0.5)
+    if folder is not None: step = _resume(folder, model, optimizer, scaler, config, identity, objective, team)
+    leads = team is None or team.leads
+    log, start = RunLog(folder if leads else None, step, tensorboard and leads), time.perf_counter()
+    bar = tqdm(total=config.steps, initial=step, desc=name, disable=not (progress and leads), mininterval=0.5)
     stream = batches(step) if step < config.steps else iter(())
     while step < config.steps:
-        record = train_step(model, next(stream).to(device), objective, optimizer, config, step, scaler)
+        record = train_step(model, next(stream).to(device), objective, optimizer, config, step, scaler, team)
         step += 1; bar.update(1)
         last = step == config.steps
-        if step % config.log_every == 0 or step == 1 or last:
-            bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
-            record |= dict(step=step, seconds=round(time.perf_counter() - start, 2))
-            if evaluate is not None and (last or (config.evaluate_every and step % config.evaluate_every == 0)): record |= _evaluated(model, evaluate)
-            log.add(record)
-        elif evaluate is not None and config.evaluate_every and step % config.evaluate_every == 0: log.add(dict(step=step) | _evaluated(model, evaluate))
+        if leads: _note(log, bar, record, step, last, config, start, model, evaluate)
         if folder is not None and (last or (config.checkpoint_every and step % config.checkpoint_every == 0)):
-            save_checkpoint(folder, step, model, optimizer, _run_state(config, scaler, identity))
+            _checkpoint(folder, step, model, optimizer, _run_state(config, scaler, identity), getattr(objective, 'state', None), team)
     bar.close()
     model.eval()
     return log.records
 
-# %% ../../nbs/50_train.loop.ipynb #256f4252
+# %% ../../nbs/50_train.loop.ipynb #2679ed2b
 def _evaluated(model, evaluate):
     "Run `evaluate` without touching the random state that training uses."
     state = torch.get_rng_state()
@@ -276,10 +297,37 @@ def _evaluated(model, evaluate):
     model.train(); torch.set_rng_state(state)
     return result
 
+def _begin(model, batches, objective, team):
+    "The objective makes its state; with a team each process gets its rows of the batches and draws of its own."
+    if team is not None:
+        if hasattr(objective, 'group'): objective.group = team.group
+        whole, batches = batches, batches.shared(team) if hasattr(batches, 'shared') else lambda start: (own_share(b, team) for b in whole(start))
+        torch.manual_seed(torch.initial_seed() + 7_919 * team.rank)                # dropout differs; what all must agree on is drawn from generators of its own
+    if hasattr(objective, 'prepare'): objective.prepare(model)
+    return batches
+
+def _note(log, bar, record, step, last, config, start, model, evaluate):
+    "Log a step, and judge the model, where they are due."
+    judged = evaluate is not None and (last or (config.evaluate_every and step % config.evaluate_every == 0))
+    if step % config.log_every == 0 or step == 1 or last:
+        bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
+        log.add(record | dict(step=step, seconds=round(time.perf_counter() - start, 2)) | (_evaluated(model, evaluate) if judged else {}))
+    elif judged: log.add(dict(step=step) | _evaluated(model, evaluate))
+
+def _checkpoint(folder, step, model, optimizer, extra, state, team):
+    "The leader writes; the others send their random states and wait."
+    others = None
+    if team is not None:
+        states = [None] * team.size
+        torch.distributed.all_gather_object(states, torch.get_rng_state(), team.group)
+        others = states[1:]
+    if team is None or team.leads: save_checkpoint(folder, step, model, optimizer, extra, state, others)
+    if team is not None: torch.distributed.barrier(team.group)
+
 def _run_state(config, scaler, identity):
     return dict(config=asdict(config), scaler=None if scaler is None else scaler.state_dict(), identity=json.loads(json.dumps(identity or {})))
 
-def _resume(folder, model, optimizer, scaler, config, identity):
+def _resume(folder, model, optimizer, scaler, config, identity, objective, team):
     "Load the folder's last checkpoint, if any, and return the step it left."
     path = latest_checkpoint(folder)
     if path is None: return 0
@@ -288,6 +336,6 @@ def _resume(folder, model, optimizer, scaler, config, identity):
     there, here = before['config'] | before['identity'], asdict(config) | json.loads(json.dumps(identity or {}))
     differs = {k: (there.get(k), here.get(k)) for k in there.keys() | here.keys() if k not in free and there.get(k) != here.get(k)}
     if differs: raise ValueError(f'{path} belongs to another run: {differs} (there, here); use another folder or the same settings')
-    state = load_checkpoint(path, model, optimizer)
+    state = load_checkpoint(path, model, optimizer, getattr(objective, 'state', None), 0 if team is None else team.rank)
     if scaler is not None and state['scaler']: scaler.load_state_dict(state['scaler'])
     return state['step']
