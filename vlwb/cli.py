@@ -6,13 +6,13 @@
 __all__ = ['app', 'Source', 'Images', 'Format', 'Split', 'NoImages', 'Skip', 'Kind', 'Vision', 'Text', 'Clip', 'main',
            'print_table', 'demo', 'audit', 'train', 'evaluate', 'bench']
 
-# %% ../nbs/85_cli.ipynb #02e0aec4
-import json, sys
+# %% ../nbs/85_cli.ipynb #026f0977
+import json, os, sys
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
 
-# %% ../nbs/85_cli.ipynb #0588febe
+# %% ../nbs/85_cli.ipynb #0506a33a
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode='rich', pretty_exceptions_enable=False, context_settings=dict(help_option_names=['-h', '--help']))
 _state = dict(traceback=False)
 
@@ -26,8 +26,9 @@ def main()->None:
     try: app(prog_name='vlwb')
     except (ValueError, OSError, ImportError, FloatingPointError, RuntimeError) as e:
         if _state['traceback']: raise
-        typer.secho(f'vlwb: {e}', fg='red', err=True)
-        sys.exit(2)
+        rank = int(os.environ.get('RANK', 0))
+        typer.secho(f"vlwb{f', process {rank}' if rank else ''}: {e}", fg='red', err=True)
+        sys.stderr.flush(); os._exit(2) if int(os.environ.get('WORLD_SIZE', 1)) > 1 else sys.exit(2)      # one of several must not wait for the others on its way out
 
 def print_table(
     rows:list[dict], # equal keys
@@ -107,12 +108,13 @@ def audit(
     typer.echo(f"{s['suspects_listed']} suspects in {out/'suspects.jsonl'}, with pictures in {out/'audit.html'}.")
     typer.echo(f"Next: review the list (delete lines, or give them \"verdict\": \"no match\"), then  vlwb train {_repeat(pairs, images, format, split, skip_bad)} --known {out/'suspects.jsonl'}")
 
-# %% ../nbs/85_cli.ipynb #145ce5f2
-@app.command(epilog='Examples:  vlwb train captions.jsonl --images photos --out run --loss srcl --aux-steps 200   |   vlwb train features.npz --out run')
+# %% ../nbs/85_cli.ipynb #14604429
+@app.command(epilog='Examples:  vlwb train captions.jsonl --images photos --out run --loss srcl --aux-steps 200   |   vlwb train features.npz --out run   |   vlwb train --preset coco --data coco --dry-run')
 def train(
-    pairs:Source,
+    context:typer.Context,
+    pairs:Annotated[Optional[Path], typer.Argument(metavar='[PAIRS]', help='Karpathy or COCO JSON, JSONL, CSV/TSV, a folder, or features (npz, safetensors, arrow, parquet). Left out with --preset.')]=None,
     out:Annotated[Path, typer.Option(help="The run's folder: log, checkpoints, model. A run found there goes on.")]=Path('runs/latest'),
-    loss:Annotated[str, typer.Option(help='infonce, srcl, removal, gist, soft, dcl, hcl, cyclip, siglip, vse or vse_sum.')]='infonce',
+    loss:Annotated[str, typer.Option(help='infonce, srcl, removal, gist, soft, dcl, hcl, cyclip, siglip, vse or vse_sum. With --preset: srcl (its own), infonce, albef or removal.')]='infonce',
     images:Images=None, format:Format='auto', split:Split=None,
     kind:Kind='frozen', vision:Vision=None, text:Text=None, clip:Clip=None,
     vision_pooling:Annotated[Optional[str], typer.Option(help='Of towers: cls, mean or pooler; by itself what the kind of model needs.')]=None,
@@ -143,8 +145,23 @@ def train(
     device:Annotated[str, typer.Option(help='auto, cpu, cuda, ...')]='auto',
     tensorboard:Annotated[bool, typer.Option('--tensorboard', help='Also write TensorBoard events (extra tensorboard).')]=False,
     skip_bad:Skip=False,
+    preset:Annotated[Optional[str], typer.Option(help='Train an ALBEF in the three stages of SRCL: coco, flickr30k (the settings of the paper), tiny or tiny-scenes.', rich_help_panel='Training in stages')]=None,
+    data:Annotated[Optional[str], typer.Option(help='Folder with dataset_coco.json, dataset_flickr30k.json or any other form, images below it; pretrain.jsonl (noisy pairs) and clean.jsonl (for H) if you have them. Or scenes, the built-in world.', rich_help_panel='Training in stages')]=None,
+    dry_run:Annotated[bool, typer.Option('--dry-run', help='Check data, shapes, memory and time. Nothing is trained, nothing written.', rich_help_panel='Training in stages')]=False,
+    from_scratch:Annotated[bool, typer.Option('--from-scratch', help="Fresh weights of the preset's sizes; words learned from the captions.", rich_help_panel='Training in stages')]=False,
+    stop_after:Annotated[Optional[str], typer.Option(help='aux, pretrain or finetune; the same command without it goes on.', rich_help_panel='Training in stages')]=None,
+    scale_steps:Annotated[float, typer.Option(help='Length of every stage, as a multiple of the preset: 0.1 for a tenth.', rich_help_panel='Training in stages')]=1.,
+    queue_size:Annotated[Optional[int], typer.Option(min=1, help='Pairs in the queue; less than half of the set.', rich_help_panel='Training in stages')]=None,
 ):
-    "Train a dual encoder on your own pairs or features."
+    "Train a dual encoder on your own pairs or features, or an ALBEF in stages (--preset). With accelerate launch ... -m vlwb.cli train --preset ... several processes share each batch."
+    given = {name for name in context.params if context.get_parameter_source(name).name == 'COMMANDLINE'}
+    _check_together(given)
+    if preset is not None:
+        contrast = dict(name=loss, similarity_temperature=similarity_temperature, norm=norm, delta=delta, threshold=threshold, multi_positive=multi_positive, queue_size=queue_size)
+        renamed = given | ({'name'} if 'loss' in given else set())
+        chosen = dict(contrast={k: v for k, v in contrast.items() if k in renamed}, run={k: v for k, v in dict(device=device, checkpoint_every=checkpoint_every).items() if k in given},
+                      scale=scale_steps, batch_size=batch_size if 'batch_size' in given else None, seed=seed)
+        return _train_preset(preset, data, out, chosen, vision, text, from_scratch, dry_run, stop_after, skip_bad)
     from vlwb.train.loop import TrainConfig
     from vlwb.train.objectives import LossConfig
     from vlwb.train.recipe import Recipe
@@ -160,27 +177,109 @@ def train(
     typer.echo(f"Trained {done.log[-1]['step']} steps, last loss {done.log[-1]['loss']:.3f}. Model, log and checkpoint are in {out}.")
     typer.echo(f'Next: vlwb eval {out} {_repeat(pairs, images, format, split, skip_bad)}   (better: on a split or a file that it was not trained on)')
 
-# %% ../nbs/85_cli.ipynb #1568687c
+# %% ../nbs/85_cli.ipynb #16c32519
+_of_presets = 'data', 'dry_run', 'from_scratch', 'stop_after', 'scale_steps', 'queue_size'
+_of_both = 'preset', 'out', 'loss', 'vision', 'text', 'batch_size', 'seed', 'similarity_temperature', 'norm', 'delta', 'threshold', 'multi_positive', 'checkpoint_every', 'device', 'skip_bad'
+
+def _check_together(given):
+    "A clear word on options that contradict each other."
+    option = lambda names: ', '.join('PAIRS' if n == 'pairs' else '--' + n.replace('_', '-') for n in sorted(names))
+    if 'preset' not in given:
+        if wrong := given & set(_of_presets): raise ValueError(f'{option(wrong)} goes with --preset NAME only')
+        if 'pairs' not in given: raise ValueError('say what to train on: PAIRS, or --preset NAME with --data FOLDER')
+        return
+    if wrong := given - set(_of_presets) - set(_of_both): raise ValueError(f'{option(wrong)} does not go with --preset' + (', whose pairs are named by --data' if 'pairs' in wrong else ''))
+    if 'data' not in given: raise ValueError('--preset needs --data: a folder, or scenes')
+    if {'dry_run', 'stop_after'} <= given: raise ValueError('--dry-run looks at all stages: leave --stop-after out')
+    if 'from_scratch' in given and given & {'vision', 'text'}: raise ValueError('--from-scratch starts from no tower: leave --vision and --text out')
+
+def _train_preset(name, data, out, chosen, vision, text, from_scratch, dry_run, stop_after, skip_bad):
+    "Train in stages, or rehearse it; only the first of several processes speaks."
+    from vlwb.presets import PRESETS, changed, in_turn, prepare, rehearse_preset, train_preset
+    from vlwb.train.processes import join_team, leave_team
+    if name not in PRESETS: raise ValueError(f'there is no preset {name!r}; there are {", ".join(PRESETS)}')
+    losses = 'srcl', 'infonce', 'albef', 'removal'
+    if chosen['contrast'].get('name', 'srcl') not in losses: raise ValueError(f"a preset's --loss is one of {', '.join(losses)}, got {chosen['contrast']['name']!r}")
+    preset, skip = changed(PRESETS[name], **chosen), 'skip' if skip_bad else 'raise'
+    if dry_run: return _show_rehearsal(rehearse_preset, prepare(preset, data, vision, text, from_scratch, skip, rehearsal=True))
+    team = join_team(next(iter(preset.stages.values())).train.device)
+    ready = in_turn(team, lambda: prepare(preset, data, vision, text, from_scratch, skip))      # one makes the backbone, the others find it
+    done, found = train_preset(ready, out, stop_after)
+    leave_team()
+    if team is not None and not team.leads: return
+    _say_skipped(ready.skipped)
+    if found: print_table(_figure_rows(found), f"{found['split']}, after stage {found['stage']}")
+    steps = ', '.join(f'{name} for {log[-1]["step"]} steps' for name, log in done.logs.items())
+    typer.echo(f'Trained {steps}. Models, logs and checkpoints are in {out}.')
+    typer.echo(f'Next: vlwb eval {out} {data}' + (' --split test' if found.get('split') == 'test' and data.split(':')[0] != 'scenes' else '') + ' --rerank 16')
+
+def _figure_rows(found):
+    "Rows of a table from what `retrieval_metrics` or the scenes world's judge gives."
+    if 'i2t' in found: return [{'direction': title, **{k: round(v, 2) for k, v in found[side].items() if isinstance(v, float)}} for side, title in _sides.items()]
+    return [{k: round(found[k], 3) for k in ('strict_R@1', 'strict_R@10', 'all_R@1', 'mAP@R', 'spearman', 'auroc')}]
+
+_sides = {'i2t': 'image to text', 't2i': 'text to image'}
+
+# %% ../nbs/85_cli.ipynb #177c42dc
+def _amount(seconds):
+    "A time in the unit that fits it."
+    for unit, size in (('days', 86_400), ('h', 3600), ('min', 60)):
+        if seconds >= 2*size: return f'{seconds/size:.1f} {unit}'
+    return f'{seconds:.2g} s'
+
+def _size(count):
+    "Bytes in the unit that fits them."
+    return f'{count/2**30:.2f} GB' if count >= 2**29 else f'{count/2**20:.1f} MB'
+
+def _show_rehearsal(rehearse_preset, ready):
+    "The tables of a dry run; exit code 1 where something does not work or does not fit."
+    r = rehearse_preset(ready, lambda text: typer.echo(f'looking at {text}', err=True))
+    for note in ready.notes: typer.echo(f'Note: {note}.')
+    _say_skipped(ready.skipped)
+    print_table([{'set': d['set'], 'images': f"{d['images']:,}", 'captions': f"{d['captions']:,}", 'repeated': f"{d['repeated']:,}", 'tokens, median': str(d['tokens']), 'longest': str(d['longest']),
+                  'cut': f"{d['cut']:.1%}", 'to read one': _amount(d['seconds_an_image'])} for d in r.data], 'Data')
+    if r.stages:
+        print_table([{'part': k, 'parameters': f'{v:,}'} for k, v in (r.parameters | {'all': sum(r.parameters.values())}).items()], 'Parameters')
+        kinds = {k: [s['memory'][k] for s in r.stages] for k in r.stages[0]['memory']} | dict(all=[s['total'] for s in r.stages])
+        print_table([{'memory': k.replace('_', ' '), **{s['stage']: _size(x) for s, x in zip(r.stages, v)}} for k, v in kinds.items()], f'Memory of one process, an estimate; {_size(r.available)} are available')
+        print_table([{'stage': s['stage'], 'batch': str(s['batch']), 'steps': f"{s['steps']:,}", 'a step': _amount(s['seconds_a_step']), 'the stage': _amount(s['seconds']),
+                      'pairs measured': ' and '.join(map(str, s['measured_on'])), 'first loss': f"{s['loss']:.3f}"} for s in r.stages], 'Time on this machine, extrapolated from a few pairs: an estimate')
+        typer.echo(f"All stages together: about {_amount(sum(s['seconds'] for s in r.stages))}.")
+    for problem in r.problems: typer.secho(f'Problem: {problem}', fg='red')
+    typer.echo('Nothing was trained and nothing written.' + ('' if r.problems else ' Everything fits.'))
+    if r.problems: raise typer.Exit(1)
+
+# %% ../nbs/85_cli.ipynb #18c31511
 @app.command('eval', epilog='Example:  vlwb eval run dataset_coco.json --images coco --split test --relevance eccv --json')
 def evaluate(
-    model:Annotated[Path, typer.Argument(metavar='MODEL', help='Folder written by vlwb train.')],
+    model:Annotated[Path, typer.Argument(metavar='MODEL', help='Folder written by vlwb train; of a preset the run, or one of its stages.')],
     pairs:Source,
     images:Images=None, format:Format='auto', split:Split=None,
     relevance:Annotated[Optional[list[str]], typer.Option(help='Who else matches: eccv (needs the package eccv_caption), a folder with its files, a CxC SITS file, or confirmed matches. May be repeated.')]=None,
     as_json:Annotated[bool, typer.Option('--json', help='Print JSON.')]=False,
     skip_bad:Skip=False,
+    rerank:Annotated[int, typer.Option(min=0, help='Re-rank the first so many candidates by the matching head of a model trained with --preset; 0: not.')]=0,
 ):
     "Judge a trained model: strict recall, and every known match counted."
     from vlwb.workflows import eval_pairs
-    out = eval_pairs(model, pairs, images, format, split, tuple(relevance or ()), 'skip' if skip_bad else 'raise', progress=not as_json)
+    out = eval_pairs(model, pairs, images, format, split, tuple(relevance or ()), 'skip' if skip_bad else 'raise', progress=not as_json, rerank=rerank)
     if as_json: return typer.echo(json.dumps(out))
     _say_skipped(out['skipped'])
-    sides = {'i2t': 'image to text', 't2i': 'text to image'}
     rows = [{'counting': name, 'direction': title, **{k: round(v, 2) for k, v in found[side].items() if isinstance(v, float)}}
-            for name, found in out.items() if isinstance(found, dict) for side, title in sides.items()]
+            for name, found in out.items() if isinstance(found, dict) for side, title in _sides.items()]
     print_table(rows, f"{out['images']:,} images, {out['captions']:,} captions" + (f"; {out['further matches']:,} matches beyond the labelled ones" if 'further matches' in out else ''))
+    _beside_the_paper(pairs, out, rerank)
 
-# %% ../nbs/85_cli.ipynb #17d78c43
+def _beside_the_paper(pairs, out, rerank):
+    "The paper's rows, where the set is one that it reports."
+    from vlwb.workflows import main_file
+    known = {('dataset_coco.json', 5000): 'COCO 5K', ('dataset_flickr30k.json', 1000): 'Flickr30K 1K'}.get((main_file(pairs).name, out['images']))
+    if known is None: return
+    from vlwb.eval.rerank import results_table
+    ours = {'this run': out['strict']} | ({f'this run, {rerank} re-ranked': found} if (found := out.get(f'strict, first {rerank} re-ranked')) else {})
+    print_table([{k: v if isinstance(v, str) else f'{v:.1f}' for k, v in row.items()} for row in results_table(ours, known).to_dict('records')], f'{known}, fine-tuned: the rows of the paper are its own, after re-ranking')
+
+# %% ../nbs/85_cli.ipynb #20d78c43
 @app.command(epilog='Examples:  vlwb bench losses   |   vlwb bench retrieval   |   vlwb bench imports --json')
 def bench(
     name:Annotated[str, typer.Argument(help='losses, retrieval, scenes or imports.')],
@@ -192,3 +291,6 @@ def bench(
     from vlwb.bench.suite import run_bench
     rows = run_bench(name, tiny=tiny)
     typer.echo(to_json(rows) if as_json else as_table(rows))
+
+# %% ../nbs/85_cli.ipynb #30454fe4
+if __name__ == '__main__' and __package__ == 'vlwb': main()

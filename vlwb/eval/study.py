@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MEASURES', 'VIEWS', 'TRAINED', 'IDLE', 'WorldSpec', 'Judged', 'World', 'get_backbone', 'clean_set', 'joined',
            'build_world', 'judge_features', 'judge', 'RunSpec', 'chosen', 'run_name', 'inner_products', 'caption_view',
-           'word_overlap', 'text_breadth', 'breadth', 'said_whole', 'aux_view', 'train_run', 'run', 'run_all',
-           'paired_interval', 't_interval', 'gap_recovered']
+           'word_overlap', 'text_breadth', 'breadth', 'said_whole', 'aux_view', 'train_run', 'run', 'map_specs',
+           'run_all', 'paired_interval', 't_interval', 'gap_recovered']
 
 # %% ../../nbs/65_eval.study.ipynb #02f1a596
 import json, os, time
@@ -352,8 +352,30 @@ def run(
     write_atomic(path, json.dumps(result))
     return result
 
-# %% ../../nbs/65_eval.study.ipynb #36aa79fa
+# %% ../../nbs/65_eval.study.ipynb #3635b487
 def _one_thread(): torch.set_num_threads(1)
+
+def map_specs(
+    function, # of one spec; keeps its result on disk; importable, so that other processes find it
+    specs:list, # what is to be computed, neighbours with something in common side by side
+    processes:int|None=None, # worker processes; the number of cores when None, 0 to stay in this one
+    name:str='runs', # shown at the progress bar
+)->None:
+    "Compute and keep many results side by side, one thread each; what is done stays done when it is interrupted."
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    workers = cores if processes is None else processes
+    for backbone in {s.backbone for s in specs}: get_backbone(backbone)            # once, before the processes start
+    if workers == 0 or len(specs) < 2:
+        for s in tqdm(specs, desc=name, disable=not specs): function(s)
+        return
+    chunks = [specs[i*len(specs)//workers:(i+1)*len(specs)//workers] for i in range(workers)]
+    with ProcessPoolExecutor(workers, get_context('spawn'), _one_thread) as pool:
+        jobs = [pool.submit(function, s) for group in zip_longest(*chunks) for s in group if s is not None]   # each worker stays in its worlds for as long as it can
+        try:
+            for job in tqdm(as_completed(jobs), total=len(jobs), desc=name): job.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)                                    # what is done is kept; what waits is not started
+            raise
 
 def run_all(
     specs:list[RunSpec], # the runs, in any order, repeats allowed
@@ -362,21 +384,7 @@ def run_all(
 )->list[dict]: # results in the order of specs
     "Run a study: what is kept is read, the rest is computed side by side."
     missing = {run_name(s): s for s in specs if not (cache_folder('runs')/f'{run_name(s)}.json').exists()}
-    ordered = sorted(missing.values(), key=lambda s: (str(s.world), s.recipe.loss.needs_aux))   # neighbours share a world
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    workers = cores if processes is None else processes
-    for backbone in {s.backbone for s in ordered}: get_backbone(backbone)          # once, before the processes start
-    if workers == 0 or len(ordered) < 2:
-        for s in tqdm(ordered, desc=name, disable=not ordered): run(s)
-    else:
-        chunks = [ordered[i*len(ordered)//workers:(i+1)*len(ordered)//workers] for i in range(workers)]
-        with ProcessPoolExecutor(workers, get_context('spawn'), _one_thread) as pool:
-            jobs = [pool.submit(run, s) for group in zip_longest(*chunks) for s in group if s is not None]   # each worker stays in its worlds for as long as it can
-            try:
-                for job in tqdm(as_completed(jobs), total=len(jobs), desc=name): job.result()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)                                # what is done is kept; what waits is not started
-                raise
+    map_specs(run, sorted(missing.values(), key=lambda s: (str(s.world), s.recipe.loss.needs_aux)), processes, name)   # neighbours share a world
     return [run(s) for s in specs]
 
 # %% ../../nbs/65_eval.study.ipynb #4099010a

@@ -77,9 +77,11 @@ def _unit(x):
     "Unit rows, in float32 where autocast made them shorter."
     return F.normalize(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x, dim=-1)
 
-# %% ../../nbs/46_models.albef.ipynb #11fee632
+# %% ../../nbs/46_models.albef.ipynb #11b9e6bb
 class AlbefModel(nn.Module):
     "Image encoder, text encoder, fusion encoder, projections, matching head, masked-word head, temperature (arXiv 2107.07651, section 3)."
+    vision_parts = 'vision.',                     # for a learning rate of its own
+
     def __init__(self,
         config:AlbefConfig=albef_tiny, # what to build
     ):

@@ -69,7 +69,7 @@ def _check_states(encoder, text_states, text_mask, image_states, image_mask) -> 
     for name, mask, x in (('text_mask', text_mask, text_states), ('image_mask', image_mask, image_states)):
         if mask is not None and mask.shape != x.shape[:2]: raise ValueError(f'{name} must be {tuple(x.shape[:2])} like its states, got {tuple(mask.shape)}')
 
-# %% ../../nbs/45_models.fusion.ipynb #142b0efd
+# %% ../../nbs/45_models.fusion.ipynb #141b9fd0
 def _heads(
     x:Tensor, # (n,L,W)
     heads:int, # number of attention heads
@@ -84,8 +84,8 @@ def _attend(
     seen:Tensor|None, # (n,1,1,S) bool
 )->Tensor: # (n,r,W)
     "Attention to keys and values that are there already."
-    q, k, v = (_heads(y, attention.num_attention_heads) for y in (attention.query(x), keys, values))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(2)
+    heads = (_heads(y, attention.num_attention_heads) for y in (attention.query(x), keys, values))
+    return F.scaled_dot_product_attention(*heads, attn_mask=seen).transpose(1, 2).flatten(2)
 
 def _attend_states(
     attention:nn.Module, # a BERT attention: query, key and value
@@ -113,12 +113,14 @@ def _residual(
     y:Tensor, # what the block computed
     x:Tensor, # what went into it
 )->Tensor: # their sum, normalised; without dropout
-    return output.LayerNorm(output.dense(y) + x)
+    y = output.dense(y) # what went in is free from here on
+    return output.LayerNorm(y + x)
 
 def _feed_forward(layer:nn.Module, x:Tensor) -> Tensor:
-    return _residual(layer.output, layer.intermediate(x), x)
+    "BERT's feed-forward, its GELU in place: the widest states of a layer exist once."
+    return _residual(layer.output, torch.ops.aten.gelu_(layer.intermediate.dense(x)), x)
 
-# %% ../../nbs/45_models.fusion.ipynb #15192c70
+# %% ../../nbs/45_models.fusion.ipynb #1521c4ce
 @dataclass(frozen=True)
 class _Slice:
     "Pairs that pass through a layer together; their tokens lie one after another, padding left out."
@@ -161,8 +163,8 @@ class _Slice:
     )->Tensor: # (rows,W)
         "Each caption's tokens look at each other."
         att = block.self
-        q, k, v = (_heads(self.pad(f(x)), att.num_attention_heads) for f in (att.query, att.key, att.value))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.seen).transpose(1, 2).flatten(2)
+        heads = (_heads(self.pad(f(x)), att.num_attention_heads) for f in (att.query, att.key, att.value))
+        out = F.scaled_dot_product_attention(*heads, attn_mask=self.seen).transpose(1, 2).flatten(2)
         return _residual(block.output, out.flatten(0, 1) if self.valid is None else out[self.valid], x)
 
     def cls_attention(self,
@@ -214,7 +216,7 @@ class _Images:
         if self.projected is None: return _attend_states(attention, x, self.states[i][None], seen)
         return _attend(attention, x, *(p[i][None] for p in self.projected), seen)
 
-# %% ../../nbs/45_models.fusion.ipynb #18a9bad1
+# %% ../../nbs/45_models.fusion.ipynb #18f777e0
 class _Texts:
     "Caption tokens one after another, without padding, as the encoder's layers want them."
     def __init__(self,
@@ -258,7 +260,21 @@ class _Texts:
         shift = self.start[texts] - np.append(0, np.cumsum(lengths)[:-1])
         return self.packed[torch.from_numpy(np.repeat(shift, lengths) + np.arange(lengths.sum())).to(self.packed.device)]
 
-# %% ../../nbs/45_models.fusion.ipynb #204990f2
+    def unit(self,
+        texts:np.ndarray, # (n,) the text of each pair of a unit
+        parts:list[_Slice], # that it is cut into
+    )->Tensor: # (rows,W) their tokens
+        "Tokens of a unit, gathered slice by slice."
+        x = self.like.new_empty(parts[-1].rows.stop, self.encoder.width)
+        for part in parts: x[part.rows] = self.rows(texts[part.pairs])
+        return x
+
+# %% ../../nbs/45_models.fusion.ipynb #2075f975
+def _row_bytes(encoder:FusionEncoder, like:Tensor) -> int:
+    "What a token takes on its way through a layer, at most."
+    inner = encoder.layers[0].intermediate.dense.out_features
+    return like.element_size() * max(7 * encoder.width, 3 * encoder.width + inner)
+
 def _units(
     image:np.ndarray, # (R,) image of each pair, in order
     lengths:np.ndarray, # (R,) tokens of each pair's text
@@ -270,6 +286,7 @@ def _units(
     new = np.append(True, image[1:] != image[:-1])
     begins = np.append(np.flatnonzero(new), len(image))
     after = np.cumsum(lengths) * row_bytes + np.cumsum(new) * image_bytes
+    budget = max(budget, 2 * image_bytes) # an image is never without a fair number of captions
     a, units = 0, []
     while a < len(image):
         before = after[a] - lengths[a] * row_bytes - image_bytes
@@ -287,15 +304,15 @@ def _slices(
     like:Tensor, # of the encoder's device and precision
 )->list[_Slice]: # in order
     "Cut a unit into slices."
-    inner = encoder.layers[0].intermediate.dense.out_features
-    most = max(1, budget // (like.element_size() * max(7 * encoder.width, 2 * encoder.width + 2 * inner)))
+    most = max(1, budget // _row_bytes(encoder, like))
+    most = -(-int(start[-1]) // -(-int(start[-1]) // most)) + int(np.diff(start).max()) // 2 # even slices
     a, parts = 0, []
     while a < len(image):
         b = max(int(np.searchsorted(start, start[a] + most, side='right')) - 1, a + 1)
         parts.append(_Slice.make(start, image, a, b, like.device)); a = b
     return parts
 
-# %% ../../nbs/45_models.fusion.ipynb #224f9780
+# %% ../../nbs/45_models.fusion.ipynb #22f11b7e
 def _unit_cls(
     layers:nn.ModuleList, # of the encoder
     x:Tensor, # (rows,W) packed tokens, overwritten
@@ -328,26 +345,26 @@ def fused_cls(
     *,
     image_mask:Tensor|None=None, # (N,P) 1 for tokens, 0 for padding
     head:Callable[[Tensor],Tensor]|None=None, # turns (n,W) fused [CLS] into (n,...) results, so that only those are kept
-    budget_mb:float=24., # megabytes for what a unit and a slice take, beside one packed copy of the texts
-    progress:bool=False, # show a bar that counts pairs
+    budget_mb:float=20., # megabytes for what a unit and a slice take, beside one packed copy of the texts
+    bar:tqdm|None=None, # a bar that counts distinct pairs
 )->Tensor: # (R,W) fused [CLS] of each pair, or what `head` made of it; on the encoder's device
     "What `encoder(...)[:,0]` gives for each pair, with every image projected once per layer and every text's own part computed once."
     _check_states(encoder, text_states, text_mask, image_states, image_mask)
     image, text, back = _sorted_pairs(image_index, text_index, len(image_states), len(text_states))
-    texts, half = _Texts(encoder, text_states, text_mask), int(budget_mb * 2**19)
+    texts, small = _Texts(encoder, text_states, text_mask), int(budget_mb * 2**20 / 3) # a third for a slice, the rest for a unit
     like, states = texts.like, image_states.shape[1] * (encoder.encoder_width + 2 * encoder.width)
     used = np.unique(text)
     attended = len(used) < len(text) and len(encoder.layers) > 1
-    if attended: texts.attend_once(used, half)
+    if attended: texts.attend_once(used, small)
     lengths, results = texts.lengths[text], []
-    with tqdm(total=len(text), disable=not progress, desc='pairs', unit=' pairs') as bar:
-        for a, b in _units(image, lengths, like.element_size() * encoder.width, like.element_size() * states, half):
-            which, number = np.unique(image[a:b], return_inverse=True)
-            at = torch.from_numpy(which).to(image_states.device)
-            images = _Images(image_states[at].to(like), None if image_mask is None else image_mask.to(image_states.device)[at].bool().to(like.device))
-            parts = _slices(np.append(0, np.cumsum(lengths[a:b])), number, encoder, half, like)
-            cls = _unit_cls(encoder.layers, texts.rows(text[a:b]), parts, images, attended)
-            results.append(cls if head is None else head(cls)); bar.update(b - a)
+    for a, b in _units(image, lengths, like.element_size() * encoder.width, like.element_size() * states, 2 * small):
+        which, number = np.unique(image[a:b], return_inverse=True)
+        at = slice(which[0], which[-1] + 1) if which[-1] - which[0] == len(which) - 1 else torch.from_numpy(which) # no copy of neighbours
+        images = _Images(image_states[at].to(like), None if image_mask is None else image_mask[at].bool().to(like.device))
+        parts = _slices(np.append(0, np.cumsum(lengths[a:b])), number, encoder, small, like)
+        cls = _unit_cls(encoder.layers, texts.unit(text[a:b], parts), parts, images, attended)
+        results.append(cls if head is None else head(cls))
+        if bar is not None: bar.update(b - a)
     if not results: results = [like.new_empty(0, encoder.width) if head is None else head(like.new_empty(0, encoder.width))]
     return torch.cat(results)[torch.from_numpy(back).to(like.device)]
 

@@ -43,7 +43,7 @@ class DiscreteWorld:
     @property
     def false_negative_share(self)->float: return float(self.mean((self.log_ratio > 1e-12).double(), independent=True))
 
-# %% ../../nbs/33_negatives.theory.ipynb #08add71e
+# %% ../../nbs/33_negatives.theory.ipynb #08c061ac
 def ring_world(
     classes:int, # classes on a ring
     matches:int=1, # neighbouring classes whose images a caption fits; the overlap
@@ -55,7 +55,7 @@ def ring_world(
     place = torch.arange(classes * each) // each
     fits = (place[None,:] - place[:,None]) % classes < matches
     size = len(place)
-    return DiscreteWorld(((1 - noise) * fits / (matches * each) + noise / size).double() / size)
+    return DiscreteWorld(((1 - noise) * fits.double() / (matches * each) + noise / size) / size)
 
 def ring_information(
     share:float, # matches/classes, the share of false negatives
@@ -76,12 +76,13 @@ def random_world(
     z = torch.randn(images, texts, generator=generator, dtype=torch.float64)
     return DiscreteWorld((sharpness * z).flatten().softmax(0).view(images, texts))
 
-# %% ../../nbs/33_negatives.theory.ipynb #174cdd50
+# %% ../../nbs/33_negatives.theory.ipynb #1752f889
 def _mean_log_sum(log_positive, log_negative, log_base, draws):
     "(V,T) expectation of log(f+ + a sum of `draws` terms exp(log_negative)), the terms drawn by exp(log_base), (V,T) all."
     scale = torch.logsumexp(log_base + log_negative, 1, keepdim=True) + math.log(draws)     # log of the expected sum: keeps the integrand near s = 1
-    step = 0.35
-    s = torch.arange(-38., 42., step, dtype=log_base.dtype).exp()
+    step, apart = 0.35, (log_positive - scale).detach()
+    apart = apart[apart.isfinite()].clamp(-600, 600)
+    s = torch.arange(-38 - max(float(apart.max()), 0.), 5 - min(float(apart.min()), 0.), step, dtype=log_base.dtype).exp()    # all of the integrand but 1e-16
     positive, terms = (log_positive - scale).exp(), (log_negative - scale).exp()
     log_m = torch.logsumexp(log_base[:,None,:] - s[:,None] * terms[:,None,:], 2)           # (V,S)
     inside = (-s).exp() - (draws * log_m[:,None,:] - s * positive[:,:,None]).exp()           # (V,T,S)
@@ -97,7 +98,7 @@ def information_bound(
     by_anchor:bool=False, # whether to keep the anchors apart
 )->Tensor: # log N - L, a scalar or (V,); exact, with gradients
     "log N - L of the (weighted) contrastive loss over a world, without sampling (van den Oord et al., arXiv 1807.03748; SRCL, eq. 4)."
-    if size < 2: raise ValueError(f'size must be at least 2, got {size}')
+    if not size >= 2: raise ValueError(f'size must be at least 2, got {size}')
     base = world.text_marginal.expand_as(world.joint) if negatives is None else negatives
     if base.shape != world.joint.shape or not torch.allclose(base.sum(1), torch.ones(len(base), dtype=base.dtype)): raise ValueError(f'negatives must be {tuple(world.joint.shape)} with rows that sum to 1, got {tuple(base.shape)}')
     log_negative = log_critic if log_weights is None else log_critic + log_weights

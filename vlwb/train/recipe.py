@@ -37,7 +37,7 @@ class Trained(NamedTuple):
     aux:object # H's view of the set, None where the loss needs none
     aux_log:list[dict] # records of H's training
 
-# %% ../../nbs/54_train.recipe.ipynb #07d6c3c0
+# %% ../../nbs/54_train.recipe.ipynb #07b1d395
 class AuxModel:
     "The frozen model H, encoding each batch as it comes: for sets that are streamed or augmented."
     def __init__(self,
@@ -57,6 +57,9 @@ class AuxModel:
     )->Tensor: # (B,B) cosines of H
         "H's view of a batch."
         return similarity_matrix(*self.features(batch))
+
+    @property
+    def width(self)->int: return self.model.config.projection_dim      # D_H
 
 # %% ../../nbs/54_train.recipe.ipynb #080b55cb
 def train_aux(

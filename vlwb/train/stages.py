@@ -68,7 +68,7 @@ class Preset:
         change = lambda s: s and replace(s, train=replace(s.train, seed=seed), objective=replace(s.objective, seed=seed))
         return replace(self, aux=change(self.aux), pretrain=change(self.pretrain), finetune=change(self.finetune))
 
-# %% ../../nbs/58_train.stages.ipynb #079377fb
+# %% ../../nbs/58_train.stages.ipynb #071db49c
 UNIMODAL = PretrainConfig(LossConfig('infonce'), itm_weight=0., mlm_weight=0.)         # what H is trained with
 
 def _paper(name):
@@ -80,15 +80,15 @@ def _paper(name):
                   'openai/clip-vit-base-patch16', 'bert-base-uncased')
 
 def _tiny(name, model, queue, aux_steps, steps, finetune_steps, batch_size, lr):
-    contrast = LossConfig('srcl', candidates='momentum', queue_size=queue, similarity_temperature=0.15)
+    contrast = LossConfig('srcl', candidates='momentum', queue_size=queue, momentum=0.99, similarity_temperature=0.15)
     run = TrainConfig(lr=lr, checkpoint_every=200)
     return Preset(name, model, Stage(UNIMODAL, replace(run, steps=aux_steps), batch_size), Stage(PretrainConfig(contrast), replace(run, steps=steps), batch_size),
                   Stage(PretrainConfig(replace(contrast, alpha_start=0., alpha_end=0.), mlm_weight=0.), replace(run, steps=finetune_steps, lr=lr/5), batch_size))
 
 PRESETS = {p.name: p for p in (
     _paper('coco'), _paper('flickr30k'),
-    _tiny('tiny-scenes', albef_tiny, 1024, 150, 600, 150, 64, 1e-3),
-    _tiny('tiny', AlbefConfig(image_size=64, patch_size=16, channels=3), 256, 100, 400, 100, 32, 1e-3))}
+    _tiny('tiny-scenes', albef_tiny, 256, 100, 400, 100, 64, 2e-3),
+    _tiny('tiny', AlbefConfig(image_size=64, patch_size=16, channels=3), 128, 100, 400, 100, 32, 1e-3))}
 
 # %% ../../nbs/58_train.stages.ipynb #1022e7a7
 class Staged(NamedTuple):
