@@ -220,7 +220,7 @@ def _figure_rows(found):
 
 _sides = {'i2t': 'image to text', 't2i': 'text to image'}
 
-# %% ../nbs/85_cli.ipynb #177c42dc
+# %% ../nbs/85_cli.ipynb #1793a4c7
 def _amount(seconds):
     "A time in the unit that fits it."
     for unit, size in (('days', 86_400), ('h', 3600), ('min', 60)):
@@ -245,6 +245,7 @@ def _show_rehearsal(rehearse_preset, ready):
         print_table([{'stage': s['stage'], 'batch': str(s['batch']), 'steps': f"{s['steps']:,}", 'a step': _amount(s['seconds_a_step']), 'the stage': _amount(s['seconds']),
                       'pairs measured': ' and '.join(map(str, s['measured_on'])), 'first loss': f"{s['loss']:.3f}"} for s in r.stages], 'Time on this machine, extrapolated from a few pairs: an estimate')
         typer.echo(f"All stages together: about {_amount(sum(s['seconds'] for s in r.stages))}.")
+    if hasattr(os, 'getloadavg') and os.getloadavg()[0] > 1.5 * (os.cpu_count() or 1): typer.echo('Note: the machine is busy with other work; alone it will be faster.', err=True)
     for problem in r.problems: typer.secho(f'Problem: {problem}', fg='red')
     typer.echo('Nothing was trained and nothing written.' + ('' if r.problems else ' Everything fits.'))
     if r.problems: raise typer.Exit(1)

@@ -60,7 +60,7 @@ def read_training_data(
         return read_set(found[0], on_error=on_error) if found else train
     return TrainingData(train, own('pretrain'), own('clean'), part('val'), part('test'))
 
-# %% ../nbs/84_presets.ipynb #101f0567
+# %% ../nbs/84_presets.ipynb #10413ea4
 def changed(
     preset:Preset, # one of PRESETS, or your own
     contrast:dict|None=None, # fields of the `LossConfig` of stages 1 and 2
@@ -69,11 +69,12 @@ def changed(
     batch_size:int|None=None, # pairs in a batch, in all stages
     seed:int|None=None, # of weights, batches, masks and draws
 )->Preset: # the same otherwise
-    "A preset with some settings changed."
+    "A preset with some settings changed. The contrast 'albef' brings what belongs to it in pre-training: soft targets of masked words, and an epoch in which their weight rises."
     if scale <= 0: raise ValueError(f'the length of a stage must be scaled by more than 0, got {scale}')
     def stage(name, s):
         if s is None: return None
         objective = s.objective if name == 'aux' or not contrast else replace(s.objective, contrast=replace(s.objective.contrast, **contrast))
+        if name == 'pretrain' and objective.contrast.name == 'albef': objective, s = replace(objective, distill_mlm=True), replace(s, ramp_epochs=1.)
         return replace(s, objective=objective, epochs=scale*s.epochs, batch_size=batch_size or s.batch_size, train=replace(s.train, **dict(steps=max(1, round(scale*s.train.steps))) | (run or {})))
     stages = {name: stage(name, getattr(preset, name)) for name in ('aux', 'pretrain', 'finetune')}
     if stages['pretrain'] and not stages['pretrain'].objective.contrast.needs_aux: stages['aux'] = None

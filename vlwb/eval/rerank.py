@@ -6,7 +6,8 @@
 __all__ = ['SCORES', 'PAPER_ROWS', 'States', 'encode_states', 'Candidates', 'top_candidates', 'rerank_scores', 'rerank_metrics',
            'PaperRow', 'results_table']
 
-# %% ../../nbs/62_eval.rerank.ipynb #024c753f
+# %% ../../nbs/62_eval.rerank.ipynb #02c2d0aa
+import os, tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ class States:
         "Token states of some images."
         return self.image_states[torch.from_numpy(index)] if isinstance(self.image_states, Tensor) else self.image_states(index)
 
-# %% ../../nbs/62_eval.rerank.ipynb #07f1183e
+# %% ../../nbs/62_eval.rerank.ipynb #077b8383
 @contextmanager
 def _judging(model:nn.Module):
     "Evaluation mode without gradients, and back."
@@ -51,11 +52,12 @@ def _room(count, shape, dtype, folder, max_gb) -> Tensor:
     gigabytes = count * shape[0] * shape[1] * dtype.itemsize / 2**30
     if folder is None and gigabytes > max_gb:
         ways = ["folder=... keeps them on disk", "keep_images=False encodes images again where they are needed"]
-        if dtype.itemsize > 2: ways.insert(0, f'dtype=torch.float16 halves that')
-        raise ValueError(f'token states {size} of the images take {gigabytes:.1f} GB in {dtype}, more than max_gb={max_gb:g}: {"; ".join(ways)}')
+        if dtype.itemsize > 2: ways.insert(0, 'dtype=torch.float16 halves that')
+        raise ValueError(f'token states {size} of the images take {gigabytes:.3g} GB in {dtype}, more than max_gb={max_gb:g}: {"; ".join(ways)}')
     if folder is None: return torch.empty(size, dtype=dtype)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    return torch.from_file(str(Path(folder)/'image_states.bin'), shared=True, size=count * shape[0] * shape[1], dtype=dtype).view(size)
+    handle, name = tempfile.mkstemp(dir=folder, prefix='image_states-', suffix='.bin'); os.close(handle)      # a file of its own: another set may lie there in use
+    return torch.from_file(name, shared=True, size=count * shape[0] * shape[1], dtype=dtype).view(size)
 
 def _spans(count, step) -> list[np.ndarray]:
     return [np.arange(a, min(a + step, count)) for a in range(0, count, step)]
@@ -140,7 +142,7 @@ def top_candidates(
     found = [(q @ gallery_features.T).topk(k, dim=1) for q in query_features.split(rows)]
     return torch.cat([f.indices for f in found]), torch.cat([f.values for f in found])
 
-# %% ../../nbs/62_eval.rerank.ipynb #142db644
+# %% ../../nbs/62_eval.rerank.ipynb #14eba408
 def rerank_scores(
     model:nn.Module, # `fusion`, a FusionEncoder, and match_logits, as of `AlbefModel`
     states:States, # of the set
@@ -148,7 +150,7 @@ def rerank_scores(
     side:str='both', # 'i2t' (images looking for captions), 't2i' or 'both'
     *,
     images_at_once:int=512, # images whose states are taken from memory, disk or encoder at a time
-    budget_mb:float=24., # megabytes that the fusion encoder may take, see `fused_cls`
+    budget_mb:float=18., # megabytes that the fusion encoder may take, see `fused_cls`
     progress:bool=True, # show a bar that counts pairs
 )->dict[str,Candidates]: # of 'i2t' and 't2i', on the CPU
     "The matching head's logits for the candidates of every query, each distinct pair scored once."
@@ -244,7 +246,7 @@ def _restand(
     order = np.lexsort((whole['place'], whole['query']))
     return Standing(**{name: x[order] for name, x in whole.items()}, num_queries=Q, gallery=gallery)
 
-# %% ../../nbs/62_eval.rerank.ipynb #22ff06c5
+# %% ../../nbs/62_eval.rerank.ipynb #229a4d74
 def rerank_metrics(
     candidates:dict[str,Candidates], # from `rerank_scores`
     image_features:Tensor, # (N,D) that the candidates were found with
@@ -263,6 +265,11 @@ def rerank_metrics(
     for side, c in candidates.items():
         if min(k) < 0 or max(k) > c.index.shape[1] < c.gallery: raise ValueError(f'{side} has {c.index.shape[1]} candidates a query, so k must lie in 0..{c.index.shape[1]}, got {tuple(k)}')
     image_features, text_features = image_features.detach().float(), text_features.detach().float()
+    for side, c in candidates.items():
+        queries, gallery = (image_features, text_features) if side == 'i2t' else (text_features, image_features)
+        rows = torch.arange(0, len(c.index), max(1, len(c.index) // 64))
+        first = (queries[rows] * gallery[c.index[rows, 0]]).sum(1) if c.index.shape[1] and len(queries) == len(c.index) and len(gallery) == c.gallery else None
+        if first is None and c.index.shape[1] or first is not None and not torch.allclose(first, c.similarity[rows, 0].float(), rtol=1e-2, atol=1e-3): raise ValueError(f'{side}: these are not the features that the candidates were found with')
     matches = as_matches(relevance, len(image_features), len(text_features)).tocoo()
     pairs = dict(i2t=(matches.row.astype(np.int64), matches.col.astype(np.int64)), t2i=(matches.col.astype(np.int64), matches.row.astype(np.int64)))
     similarity = torch.cat([(image_features[i] * text_features[j]).sum(1) for i, j in zip(*(torch.from_numpy(x).split(2**16) for x in pairs['i2t']))]).numpy()

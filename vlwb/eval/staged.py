@@ -6,8 +6,8 @@
 __all__ = ['DEPTHS', 'StagedSpec', 'scene_sets', 'staged_folder', 'train_staged', 'load_staged', 'judge_reranked', 'result_of',
            'results_of']
 
-# %% ../../nbs/66_eval.staged.ipynb #02ae1b07
-import json, time
+# %% ../../nbs/66_eval.staged.ipynb #0256d21a
+import json, shutil, time
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +22,7 @@ from ..train.masking import SpecialTokens, special_tokens
 from ..train.loop import read_log
 from ..train.stages import PRESETS, Preset, run_stages
 
-# %% ../../nbs/66_eval.staged.ipynb #05927c0a
+# %% ../../nbs/66_eval.staged.ipynb #0554b06c
 @dataclass(frozen=True)
 class StagedSpec:
     "Everything that decides a result."
@@ -53,8 +53,8 @@ def train_staged(
     sets, special = scene_sets(world)
     preset = replace(spec.preset, model=replace(spec.preset.model, channels=world.backbone.features // spec.preset.model.image_size**2))
     run_stages(preset, sets, special=special, folder=folder, progress=progress)
-    for leftover in folder.glob('*/checkpoint-*/*'): leftover.unlink()             # the finished models are enough
     write_atomic(folder/'cost.json', json.dumps(dict(seconds=round(time.perf_counter() - start, 1), spec=asdict(spec))))
+    for leftover in folder.glob('*/checkpoint-*'): shutil.rmtree(leftover)         # the finished models are enough
     return folder
 
 def load_staged(

@@ -17,7 +17,7 @@ from ..core import DataError
 from .dual import DualEncoder, DualOutput
 from .fusion import FusionEncoder
 
-# %% ../../nbs/46_models.albef.ipynb #061e4241
+# %% ../../nbs/46_models.albef.ipynb #06348fbe
 @dataclass(frozen=True)
 class AlbefConfig:
     "Everything that is needed to build an `AlbefModel`; the defaults are tiny."
@@ -43,6 +43,9 @@ class AlbefConfig:
     temperature:float=0.07 # where it starts
     learn_scale:bool=True # False keeps the temperature where it starts
     initializer_range:float|None=None # standard deviation of the linear layers' fresh weights, 0.02 in BERT; Xavier's when None
+
+    def __post_init__(self):
+        if not 0.001 <= self.temperature <= 0.5: raise ValueError(f'temperature must lie in [0.001, 0.5], where it is kept, got {self.temperature}')
 
 # %% ../../nbs/46_models.albef.ipynb #0756531d
 albef_tiny = AlbefConfig() # trains in minutes on two cores
@@ -77,7 +80,7 @@ def _unit(x):
     "Unit rows, in float32 where autocast made them shorter."
     return F.normalize(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x, dim=-1)
 
-# %% ../../nbs/46_models.albef.ipynb #11b9e6bb
+# %% ../../nbs/46_models.albef.ipynb #11a83a06
 class AlbefModel(nn.Module):
     "Image encoder, text encoder, fusion encoder, projections, matching head, masked-word head, temperature (arXiv 2107.07651, section 3)."
     vision_parts = 'vision.',                     # for a learning rate of its own
@@ -177,18 +180,19 @@ class AlbefModel(nn.Module):
         for name in ('config.json', 'model.safetensors'):
             if not (folder/name).is_file(): raise DataError(f'{folder} holds no AlbefModel: {name} is missing')
         try: model = cls(AlbefConfig(**json.loads((folder/'config.json').read_text())))
-        except TypeError as e: raise DataError(f'{folder} holds another kind of model ({e}); albef_from_towers reads checkpoints of transformers, load_albef those of ALBEF, DualEncoder.from_pretrained dual encoders') from e
+        except json.JSONDecodeError as e: raise DataError(f'{folder}/config.json is no whole JSON file ({e})') from e
+        except (TypeError, ValueError) as e: raise DataError(f'{folder} holds another kind of model ({e}); albef_from_towers reads checkpoints of transformers, load_albef those of ALBEF, DualEncoder.from_pretrained dual encoders') from e
         try: load_model(model, str(folder/'model.safetensors'), strict=True)
         except (RuntimeError, SafetensorError) as e: raise DataError(f'{folder}: the weights are not those of the configuration beside them. {e}') from e
         return model.eval()
 
-# %% ../../nbs/46_models.albef.ipynb #286428e9
+# %% ../../nbs/46_models.albef.ipynb #28201468
 def parameter_counts(
     config:AlbefConfig, # sizes
 )->dict[str,int]: # parameters of each part, shared ones counted once, where they come first
     "Count a model's parameters without making it."
     with torch.device('meta'): model = AlbefModel(config)
-    counts, seen = {}, set()
+    counts = {}
     for name, p in model.named_parameters():
         part = '.'.join(name.split('.')[:2]) if name.startswith('text.') else name.split('.')[0]
         counts[part] = counts.get(part, 0) + p.numel()

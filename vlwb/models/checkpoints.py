@@ -20,7 +20,7 @@ from ..losses.queue import Queue, momentum_copy
 from .albef import AlbefConfig, AlbefModel
 from .dual import _plain
 
-# %% ../../nbs/47_models.checkpoints.ipynb #0571eba1
+# %% ../../nbs/47_models.checkpoints.ipynb #056ebe24
 @dataclass(frozen=True)
 class LoadReport:
     "What became of every tensor, by name."
@@ -31,10 +31,12 @@ class LoadReport:
     skipped:tuple[str,...]=() # left out because the caller said so, or because the model makes them itself
 
     def __str__(self):
-        means = dict(resized='resized', missing='missing in the source, so fresh in the model', unexpected='unexpected, so left out', skipped='skipped')
+        slow = tuple(n for n in self.missing if n.split('.')[0].endswith('_m'))
+        lists = dict(vars(self), missing=tuple(n for n in self.missing if n not in slow), slow=slow)
+        means = dict(resized='resized', missing='missing in the source, so fresh in the model', slow="missing in the source, so the model's own in the momentum copy", unexpected='unexpected, so left out', skipped='skipped')
         lines = [f'{len(self.loaded)} tensors loaded']
         for field, words in means.items():
-            names = getattr(self, field)
+            names = lists[field]
             if names: lines.append(f'{len(names)} {words}: ' + ', '.join(names[:6]) + (f' ... and {len(names) - 6} more' if len(names) > 6 else ''))
         return '\n'.join(lines)
 
@@ -45,15 +47,16 @@ class LoadedAlbef(NamedTuple):
     queue:Queue|None # momentum features of earlier pairs, where the source has them
     report:LoadReport
 
-# %% ../../nbs/47_models.checkpoints.ipynb #08d5c9e1
+# %% ../../nbs/47_models.checkpoints.ipynb #0814ef45
 def resize_positions(
     positions:Tensor, # (1,1+S*S,W) or (1+S*S,W) position embeddings of [CLS] and a square grid
     side:int, # places a side of the new grid
+    name:str='position embeddings', # of the tensor, for the message
 )->Tensor: # the same with 1+side*side places
     "Position embeddings of a larger or smaller grid; [CLS] keeps its own. `DataError` where the grid is not square."
     cls, grid = positions[...,:1,:], positions[...,1:,:]
     old = round(grid.shape[-2]**0.5)
-    if old*old != grid.shape[-2]: raise DataError(f'position embeddings {tuple(positions.shape)} are not [CLS] and a square grid: only those can be interpolated')
+    if old*old != grid.shape[-2]: raise DataError(f'{name} {tuple(positions.shape)}: not [CLS] and a square grid, and only those can be interpolated')
     if old == side: return positions
     wide = grid.reshape(1, old, old, -1).permute(0, 3, 1, 2)
     wide = F.interpolate(wide.float(), size=(side, side), mode='bicubic', align_corners=False).to(grid.dtype)
@@ -192,7 +195,7 @@ def save_albef(
     finally: writing.unlink(missing_ok=True)
     return path
 
-# %% ../../nbs/47_models.checkpoints.ipynb #28d1e151
+# %% ../../nbs/47_models.checkpoints.ipynb #281909d5
 def infer_config(
     state:Mapping[str,Tensor], # tensors under ALBEF's names
     image_size:int|None=None, # pixels a side; the checkpoint's own when None
@@ -205,26 +208,31 @@ def infer_config(
     gone = [name for name in needed.values() if name not in state]
     if gone: raise DataError(f"no checkpoint in ALBEF's naming: {', '.join(gone)} missing among {len(state)} tensors, whose first is {next(iter(state), 'none')!r}")
     shape = {k: state[name].shape for k, name in needed.items()}
-    count = lambda start, end: sum(k.startswith(start) and k.endswith(end) for k in state)
-    fused, every = (count(f'{bert}.encoder.layer.', x) for x in ('.crossattention.self.query.weight', '.attention.self.query.weight'))
+    numbers = lambda start, part='': {int(k.removeprefix(start).split('.')[0]) for k in state if k.startswith(start) and part in k}   # by any name of a layer: what a layer lacks is reported, not taken for another size
+    layers, crossed, blocks = numbers(f'{bert}.encoder.layer.'), numbers(f'{bert}.encoder.layer.', '.crossattention.'), numbers('visual_encoder.blocks.')
+    if not crossed or min(crossed) == 0: raise DataError(f"no ALBEF: {bert}.encoder.layer.N.crossattention.* must be in the later layers, and is in {'none' if not crossed else 'the first'} of {len(layers)}")
     side = round((shape['places'][1] - 1)**0.5)
     for width in (shape['patch'][0], shape['words'][1]):
         if width % (heads or 64): raise DataError(f'width {width} is no multiple of {heads or 64}: pass heads=, the number of attention heads, which no tensor tells')
-    return AlbefConfig(image_size=image_size or side*shape['patch'][2], patch_size=shape['patch'][2], channels=shape['patch'][1], vision_width=shape['patch'][0], vision_layers=count('visual_encoder.blocks.', '.attn.qkv.weight'),
-        vision_heads=heads or shape['patch'][0]//64, vision_intermediate=shape['see'][0], vocab_size=shape['words'][0], max_length=shape['positions'][0], text_width=shape['words'][1], text_layers=every - fused, fusion_layers=fused,
+    return AlbefConfig(image_size=image_size or side*shape['patch'][2], patch_size=shape['patch'][2], channels=shape['patch'][1], vision_width=shape['patch'][0], vision_layers=max(blocks) + 1,
+        vision_heads=heads or shape['patch'][0]//64, vision_intermediate=shape['see'][0], vocab_size=shape['words'][0], max_length=shape['positions'][0], text_width=shape['words'][1], text_layers=min(crossed), fusion_layers=max(layers) + 1 - min(crossed),
         text_heads=heads or shape['words'][1]//64, text_intermediate=shape['read'][0], dropout=0.1, projection_dim=shape['project'][0], initializer_range=0.02)
 
-# %% ../../nbs/47_models.checkpoints.ipynb #32aee2aa
+# %% ../../nbs/47_models.checkpoints.ipynb #329131e6
 def read_tensors(
     path:str|Path, # .safetensors, or a .pth with a state dict, by itself or as {'model': ...}
 )->dict[str,Tensor]: # the tensors by name
     "The tensors of a checkpoint file; no code in it is ever run. `DataError` says what else it holds."
     path = Path(path)
+    if not path.is_file(): raise DataError(f'{path} is not there')
     if path.suffix == '.safetensors':
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
-        return load_file(str(path))
+        try: return load_file(str(path))
+        except SafetensorError as e: raise DataError(f'{path.name} is no whole safetensors file ({e}); fetch it again') from e
     try: state = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as e: raise DataError(f'{path.name} holds more than tensors, and reading it would run code from the file; save its state dict as .safetensors where you trust it ({str(e).splitlines()[0]})') from e
+    except (RuntimeError, EOFError, IndexError, KeyError, ValueError) as e: raise DataError(f'{path.name} is no whole file of torch.save ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else "empty"}); fetch it again') from e
     if isinstance(state, Mapping) and isinstance(state.get('model'), Mapping): state = state['model']
     if not isinstance(state, Mapping) or not state or not all(isinstance(x, Tensor) for x in state.values()):
         raise DataError(f"{path.name} must hold a state dict, or one under 'model'; got {type(state).__name__}" + (f' with {", ".join(map(str, list(state)[:5]))}' if isinstance(state, Mapping) else ''))
@@ -238,7 +246,7 @@ def _official_form(state):
             state = {k.replace(f'{first}.', f'{first}.bert.', 1) if k.startswith((f'{first}.embeddings', f'{first}.encoder')) else k: x for k, x in state.items()}
     return state
 
-# %% ../../nbs/47_models.checkpoints.ipynb #3442611f
+# %% ../../nbs/47_models.checkpoints.ipynb #3459b3d2
 def _fill(model, state, rename):
     "Copy `state`'s tensors into `model`; names loaded, resized and missing. `DataError` for shapes that do not fit."
     own, loaded, resized, missing, wrong = model.state_dict(), [], [], [], []
@@ -249,9 +257,10 @@ def _fill(model, state, rename):
         if x is None:
             if state.get(partner) is None: missing.append(there)
             continue
+        if not torch.isfinite(x).all(): raise DataError(f'{there} holds NaN or infinity: the checkpoint is damaged')
         shape = (sum(own[p].shape[0] for p in parts), *own[parts[0]].shape[1:]) if len(parts) > 1 else tuple(own[parts[0]].shape)
         if name == 'visual_encoder.pos_embed' and x.ndim == 3 and x.shape[2] == shape[2] and tuple(x.shape) != shape:
-            resized.append(f'{there} {tuple(x.shape)} -> {shape}'); x = resize_positions(x, round((shape[1] - 1)**0.5))
+            resized.append(f'{there} {tuple(x.shape)} -> {shape}'); x = resize_positions(x, round((shape[1] - 1)**0.5), there)
         elif tuple(x.shape) == shape or x.numel() == 1 == own[parts[0]].numel(): loaded.append(there)
         else: wrong.append(f'{there} is {tuple(x.shape)} in the checkpoint and {shape} in the model'); continue
         if name in _tied and partner in state and not torch.equal(x, state[partner]): raise DataError(f'{there} differs from {partner}: this model shares them, so the checkpoint cannot be represented')

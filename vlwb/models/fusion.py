@@ -69,7 +69,7 @@ def _check_states(encoder, text_states, text_mask, image_states, image_mask) -> 
     for name, mask, x in (('text_mask', text_mask, text_states), ('image_mask', image_mask, image_states)):
         if mask is not None and mask.shape != x.shape[:2]: raise ValueError(f'{name} must be {tuple(x.shape[:2])} like its states, got {tuple(mask.shape)}')
 
-# %% ../../nbs/45_models.fusion.ipynb #141b9fd0
+# %% ../../nbs/45_models.fusion.ipynb #14308db2
 def _heads(
     x:Tensor, # (n,L,W)
     heads:int, # number of attention heads
@@ -94,7 +94,7 @@ def _attend_states(
     seen:Tensor|None, # (n,1,1,S) bool
 )->Tensor: # (n,r,W)
     "Attention that projects no state: queries move to the states' side, the mean of the states to the values' side."
-    if not _plain(attention): return _attend(attention, x, attention.key(states), attention.value(states), seen)
+    if not _plain(attention.key, attention.value): return _attend(attention, x, attention.key(states), attention.value(states), seen)
     (n, r, _), heads = x.shape, attention.num_attention_heads
     keys, values = (f.weight.unflatten(0, (heads, -1)) for f in (attention.key, attention.value)) # (heads,d,Ws)
     asked = attention.query(x).view(n * r, heads, -1).transpose(0, 1) @ keys # (heads,n*r,Ws)
@@ -104,9 +104,9 @@ def _attend_states(
     out = mean @ values.transpose(1, 2) # (heads,n*r,d)
     return out.transpose(0, 1).flatten(1).view(n, r, -1) + attention.value.bias
 
-def _plain(attention) -> bool:
-    "Whether keys and values are bare linear layers; an adapter around one has to be called."
-    return type(attention.key) is nn.Linear and type(attention.value) is nn.Linear
+def _plain(*maps) -> bool:
+    "Whether these are bare linear layers, whose weights may be used; an adapter around one has to be called."
+    return all(type(f) is nn.Linear for f in maps)
 
 def _residual(
     output:nn.Module, # dense and LayerNorm of a BERT block
@@ -116,9 +116,16 @@ def _residual(
     y = output.dense(y) # what went in is free from here on
     return output.LayerNorm(y + x)
 
-def _feed_forward(layer:nn.Module, x:Tensor) -> Tensor:
-    "BERT's feed-forward, its GELU in place: the widest states of a layer exist once."
-    return _residual(layer.output, torch.ops.aten.gelu_(layer.intermediate.dense(x)), x)
+def _feed_forward(
+    layer:nn.Module, # a BertLayer
+    x:Tensor, # (rows,W)
+)->Tensor: # (rows,W)
+    "BERT's feed-forward in two halves of its width, each with its GELU in place: a layer's widest states never exist as a whole."
+    dense, output = layer.intermediate.dense, layer.output.dense
+    if not _plain(dense, output): return _residual(layer.output, layer.intermediate(x), x)
+    halves = zip(dense.weight.chunk(2), dense.bias.chunk(2), output.weight.chunk(2, dim=1), (output.bias, None))
+    y = sum(F.linear(torch.ops.aten.gelu_(F.linear(x, w, b)), v, c) for w, b, v, c in halves)
+    return layer.output.LayerNorm(y + x)
 
 # %% ../../nbs/45_models.fusion.ipynb #1521c4ce
 @dataclass(frozen=True)
@@ -269,11 +276,11 @@ class _Texts:
         for part in parts: x[part.rows] = self.rows(texts[part.pairs])
         return x
 
-# %% ../../nbs/45_models.fusion.ipynb #2075f975
+# %% ../../nbs/45_models.fusion.ipynb #2060e2f9
 def _row_bytes(encoder:FusionEncoder, like:Tensor) -> int:
     "What a token takes on its way through a layer, at most."
     inner = encoder.layers[0].intermediate.dense.out_features
-    return like.element_size() * max(7 * encoder.width, 3 * encoder.width + inner)
+    return like.element_size() * max(5 * encoder.width, 3 * encoder.width + inner // 2)
 
 def _units(
     image:np.ndarray, # (R,) image of each pair, in order
@@ -292,7 +299,10 @@ def _units(
         before = after[a] - lengths[a] * row_bytes - image_bytes
         b = max(int(np.searchsorted(after, before + budget, side='right')), a + 1)
         whole = int(begins[np.searchsorted(begins, b, side='right') - 1])
-        b = whole if whole > a else b
+        if whole > a: b = whole
+        else: # one image has more than a unit holds: even shares
+            left = int(begins[np.searchsorted(begins, a, side='right')]) - a
+            b = a + -(-left // -(-left // (b - a)))
         units.append((a, b)); a = b
     return units
 
@@ -312,7 +322,7 @@ def _slices(
         parts.append(_Slice.make(start, image, a, b, like.device)); a = b
     return parts
 
-# %% ../../nbs/45_models.fusion.ipynb #22f11b7e
+# %% ../../nbs/45_models.fusion.ipynb #223ab9c1
 def _unit_cls(
     layers:nn.ModuleList, # of the encoder
     x:Tensor, # (rows,W) packed tokens, overwritten
@@ -345,19 +355,20 @@ def fused_cls(
     *,
     image_mask:Tensor|None=None, # (N,P) 1 for tokens, 0 for padding
     head:Callable[[Tensor],Tensor]|None=None, # turns (n,W) fused [CLS] into (n,...) results, so that only those are kept
-    budget_mb:float=20., # megabytes for what a unit and a slice take, beside one packed copy of the texts
+    budget_mb:float=16., # megabytes for what a unit and a slice take, beside one packed copy of the texts; more of it, fewer units
     bar:tqdm|None=None, # a bar that counts distinct pairs
 )->Tensor: # (R,W) fused [CLS] of each pair, or what `head` made of it; on the encoder's device
-    "What `encoder(...)[:,0]` gives for each pair, with every image projected once per layer and every text's own part computed once."
+    "What `encoder(...)[:,0]` gives for each pair; an image is projected once per layer and unit, a text's own part computed once."
     _check_states(encoder, text_states, text_mask, image_states, image_mask)
     image, text, back = _sorted_pairs(image_index, text_index, len(image_states), len(text_states))
-    texts, small = _Texts(encoder, text_states, text_mask), int(budget_mb * 2**20 / 3) # a third for a slice, the rest for a unit
-    like, states = texts.like, image_states.shape[1] * (encoder.encoder_width + 2 * encoder.width)
+    texts, small = _Texts(encoder, text_states, text_mask), int(budget_mb * 2**18) # a quarter for a slice, the rest for a unit
+    like, copied = texts.like, (image_states.dtype, image_states.device) != (texts.like.dtype, texts.like.device)
+    states = image_states.shape[1] * (2 * encoder.width + copied * encoder.encoder_width)
     used = np.unique(text)
     attended = len(used) < len(text) and len(encoder.layers) > 1
     if attended: texts.attend_once(used, small)
     lengths, results = texts.lengths[text], []
-    for a, b in _units(image, lengths, like.element_size() * encoder.width, like.element_size() * states, 2 * small):
+    for a, b in _units(image, lengths, like.element_size() * encoder.width, like.element_size() * states, 3 * small):
         which, number = np.unique(image[a:b], return_inverse=True)
         at = slice(which[0], which[-1] + 1) if which[-1] - which[0] == len(which) - 1 else torch.from_numpy(which) # no copy of neighbours
         images = _Images(image_states[at].to(like), None if image_mask is None else image_mask[at].bool().to(like.device))

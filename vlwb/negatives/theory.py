@@ -173,7 +173,7 @@ def mean_one(
     base = world.text_marginal.expand_as(world.joint) if negatives is None else negatives
     return log_weights - torch.logsumexp(base.log() + log_weights, 1, keepdim=True)
 
-# %% ../../nbs/33_negatives.theory.ipynb #464cd512
+# %% ../../nbs/33_negatives.theory.ipynb #46222f28
 def optimal_critic(
     world:DiscreteWorld, # images, texts and their joint distribution, positive everywhere
     size:float, # N, or `math.inf`
@@ -184,14 +184,20 @@ def optimal_critic(
 )->Tensor: # (V,T) log f that minimises the population loss, its mean over P(t) 0 for each anchor
     "The best free critic of the (weighted) contrastive loss, by LBFGS on the exact expectation. `ValueError` where the joint has zeros."
     if not (world.joint > 0).all(): raise ValueError('a pair of probability 0 has no finite best critic: the joint must be positive everywhere')
-    table = (torch.zeros_like(world.joint) if start is None else start.clone()).requires_grad_()
-    optimiser = torch.optim.LBFGS([table], max_iter=500, history_size=30, tolerance_grad=1e-11, tolerance_change=1e-16, line_search_fn='strong_wolfe')
+    weight = (world.image_marginal[:,None] * world.text_marginal).sqrt()           # of a pair: rare pairs would be found last
+    scaled = ((torch.zeros_like(world.joint) if start is None else start) * weight).requires_grad_()
+    optimiser = torch.optim.LBFGS([scaled], max_iter=500, history_size=30, tolerance_grad=1e-11, tolerance_change=1e-16, line_search_fn='strong_wolfe')
     def closure():
         optimiser.zero_grad()
-        loss = -information_bound(world, table, size, log_weights=log_weights, negatives=negatives, by_anchor=True).sum()
+        loss = -information_bound(world, scaled / weight, size, log_weights=log_weights, negatives=negatives, by_anchor=True) @ world.image_marginal
         loss.backward()
         return loss
-    optimiser.step(closure)
+    for _ in range(8):                                                             # it gives up early on flat ground; started again it goes on
+        optimiser.step(closure)
+        left = (scaled.grad / weight).abs().max().item()                           # gradient of a pair over its probability
+        if left < 1e-4: break
+    else: raise ValueError(f'the best critic was not found, a relative gradient of {left:.1e} is left: the ratios of this world differ too much. Start from its log_ratio')
+    table = scaled / weight
     return centred(world, table.detach())
 
 def centred(

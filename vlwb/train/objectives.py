@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NAMES', 'CONTRASTED', 'LossConfig', 'AuxFeatures', 'encode_set', 'Objective', 'look_up']
 
-# %% ../../nbs/52_train.objectives.ipynb #0261edbd
+# %% ../../nbs/52_train.objectives.ipynb #02af1b2e
 from collections.abc import Mapping
 from dataclasses import dataclass
 import torch
@@ -17,13 +17,14 @@ from ..losses.cyclip import cyclip
 from ..losses.debiased import dcl, hcl
 from ..losses.gist import gist
 from ..losses.infonce import infonce, similarity_matrix
-from ..losses.momentum import momentum_contrast
+from ..losses.momentum import candidate_weights, momentum_contrast
 from ..losses.processes import gather_rows
 from ..losses.siglip import siglip
 from ..losses.soft import soft_targets
 from ..losses.srcl import pair_weights, srcl, warn_if_inverted
 from ..losses.vse import vse
 from ..models.momentum import Momentum
+from .processes import take_rows
 from ..negatives.weights import alpha_schedule, hard_removal, removal_log_weights
 
 # %% ../../nbs/52_train.objectives.ipynb #05057f2c
@@ -123,7 +124,7 @@ def encode_set(
     model.train(was_training)
     return AuxFeatures(images.clone(), texts.clone())
 
-# %% ../../nbs/52_train.objectives.ipynb #0906cb70
+# %% ../../nbs/52_train.objectives.ipynb #0926c8da
 class Objective:
     "The function `(model, batch, step) -> (loss, stats)` that a `LossConfig` describes."
     def __init__(self,
@@ -138,7 +139,7 @@ class Objective:
         if config.needs_truth and truth is None: raise ValueError(f'{config.name!r} needs the truth')
         if known is not None and config.contrasts_momentum: raise ValueError("confirmed matches (known) work with candidates='online': entries of a queue are matched by image id alone")
         self.config,self.steps,self.aux,self.truth,self.known,self.group = config,steps,aux,truth,known,group
-        self.state,self.pending = None,None
+        self.state,self.pending,self._seen = None,None,(None, None)
 
     def prepare(self,
         model:nn.Module, # on its device, as the run starts
@@ -155,7 +156,7 @@ class Objective:
         if self.state is None: return
         self.state.update_(getattr(model, 'module', model))
         if self.state.queue is not None and self.pending is not None: self.state.queue.enqueue_(*self.pending, group=self.group)
-        self.pending = None
+        self.pending,self._seen = None,(None, None)
 
     def alpha(self,
         step:int, # 0-based
@@ -171,9 +172,14 @@ class Objective:
         inner = getattr(model, 'module', model)
         if self.config.needs_momentum and self.state is None: self.prepare(inner)
         out = model(batch.images, batch.texts)
-        slow = None if self.state is None else self.state.features(batch.images, batch.texts)
+        slow = None if self.state is None else self._slow(batch, getattr(model, 'micro_batch', 0))
         loss, stats = self.on_features(*out, batch, step, getattr(inner, 'logit_bias', None), slow)
         return loss, dict(logit_scale=out.logit_scale.item(), **stats)
+
+    def _slow(self, batch, at_once):
+        "The slow model's features, in the pieces that the model itself is encoded in."
+        parts = [take_rows(batch, slice(i, i + (at_once or len(batch)))) for i in range(0, len(batch), at_once or len(batch))]
+        return tuple(torch.cat(side) for side in zip(*(self.state.features(p.images, p.texts) for p in parts)))
 
     def on_features(self,
         image_features:Tensor, # (B,D)
@@ -204,6 +210,13 @@ class Objective:
         "The part of a set's matches that concerns a batch."
         return look_up(matches, batch.image_ids, gather_rows(batch.index, self.group))
 
+    def aux_features(self,
+        batch:Batch, # ids and positions, and inputs for an H that encodes as it goes
+    )->tuple[Tensor,Tensor]: # (B,D_H) of the images and of the texts
+        "H's features of a batch, asked for once a step."
+        if self._seen[0] is not batch: self._seen = batch, self.aux.features(batch)
+        return self._seen[1]
+
     def view(self,
         batch:Batch, # ids and positions
         momentum:tuple[Tensor,Tensor]|None, # the slow model's features
@@ -211,7 +224,7 @@ class Objective:
     )->tuple[Tensor|None,Tensor|None]: # (B,D_H) of the images and of the texts; None twice where alpha is 0
         "What alpha trusts at a step."
         if self.alpha(step) == 0: return None, None
-        return momentum if self.config.view == 'momentum' else self.aux.features(batch)
+        return momentum if self.config.view == 'momentum' else self.aux_features(batch)
 
     def _unweighted(self, own, batch, bias):
         "Losses without regulation weights."
@@ -258,7 +271,7 @@ class Objective:
     def _against_momentum(self, own, momentum, batch, step):
         "The losses whose candidates are the slow model's features, of the batch and of the queue."
         c, entries = self.config, self.state.entries()
-        aux = self.aux.features(batch) if c.needs_aux else (None, None)
+        aux = self.aux_features(batch) if c.needs_aux else (None, None)
         self.pending = (*momentum, batch.image_ids, *aux)
         queue = {k: entries[k] for k in ('image_queue', 'text_queue', 'queue_ids') if entries}
         shared = queue | dict(image_ids=batch.image_ids, momentum_image_features=momentum[0], momentum_text_features=momentum[1], group=self.group)
@@ -269,7 +282,18 @@ class Objective:
         images, texts = self.view(batch, momentum, step)
         remembered = ('image_queue', 'text_queue') if c.view == 'momentum' else ('aux_image_queue', 'aux_text_queue')
         given = {} if images is None else dict(aux_image_features=images, aux_text_features=texts) | ({f'aux_{side}_queue': entries[name] for side, name in zip(('image', 'text'), remembered)} if entries else {})
-        return momentum_contrast(*own, **shared, **self._regulation(step), **given, weights=c.name, threshold=c.threshold, multi_positive=c.multi_positive), dict(alpha=self.alpha(step))
+        settings = shared | self._regulation(step) | given | dict(weights=c.name, threshold=c.threshold)
+        stats = dict(alpha=self.alpha(step))
+        if c.name == 'removal' or self.truth is not None: stats |= self._look_at(candidate_weights(*own[:2], **settings), batch)
+        return momentum_contrast(*own, **settings, multi_positive=c.multi_positive), stats
+
+    def _look_at(self, weights, batch):
+        "What there is to log of weights over batch and queue; in a team, of this process's anchors."
+        log = weights.log_weights_per_image
+        stats = dict(removed=log.isinf().float().mean().item()) if self.config.name == 'removal' else {}
+        if self.truth is None: return stats
+        texts = weights.sizes[0]
+        return stats | _weight_stats(log[:,:texts].exp(), weights.positives_per_image[:,:texts], self.look_up(self.truth, batch))
 
 def look_up(
     matches, # (N,M) bool tensor, or a Relevance

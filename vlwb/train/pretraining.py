@@ -19,7 +19,7 @@ from ..negatives.sampling import Sampled, gumbel_noise, sample_negatives
 from .masking import IGNORE, SpecialTokens, mask_tokens, mlm_loss
 from .objectives import LossConfig, Objective
 
-# %% ../../nbs/57_train.pretraining.ipynb #05abb5a5
+# %% ../../nbs/57_train.pretraining.ipynb #05464d16
 @dataclass(frozen=True)
 class PretrainConfig:
     "What is minimised; an ablation changes one field."
@@ -28,7 +28,7 @@ class PretrainConfig:
     mlm_weight:float=1. # of masked words; 0 leaves them out
     mask_share:float=0.15 # of the words
     hard_itm:bool=True # False draws ITM's negatives evenly
-    spare_below:float=0. # candidates whose regulation weight is below this are suspects: never ITM negatives; 0 spares none
+    spare_below:float=0. # candidates whose weight (eq. 6 to 9, mean normalisation over the batch) is below this are suspects: never ITM negatives; 0 spares none
     spare_temperature:float=0.1 # tau_s of those weights
     distill_mlm:bool=False # soft targets of masked words from the momentum model too, with the weight that the contrast has: ALBEF's form
     seed:int=0 # of masks and draws
@@ -38,7 +38,7 @@ class PretrainConfig:
         if not 0 < self.mask_share < 1 and self.mlm_weight: raise ValueError(f'mask_share must lie between 0 and 1, got {self.mask_share}')
         if self.distill_mlm and self.contrast.name != 'albef': raise ValueError("distill_mlm takes its weight from the contrast 'albef'")
 
-# %% ../../nbs/57_train.pretraining.ipynb #072964d1
+# %% ../../nbs/57_train.pretraining.ipynb #07d69711
 def not_suspects(
     similarity:Tensor, # (N,M) of the model, anchors in rows
     aux_similarity:Tensor|None, # (N,M) of the view that alpha trusts
@@ -62,23 +62,22 @@ def itm_negatives(
     alpha:float=0., # trust in the other view
     view:tuple[Tensor|None,Tensor|None]=(None,None), # (N,D_H) twice, of this process
     group=None, # processes that share the batch
-)->tuple[Sampled,Sampled,float]: # a text for each image, an image for each text, as positions in the batch of all processes; share of the candidates that was spared
+)->tuple[Sampled,Sampled,Tensor]: # a text for each image, an image for each text, as positions in the batch of all processes; (2,) candidates spared, candidates looked at
     "One hard negative for each image and each text."
     start, stop, every = row_range(len(image_features), group)
     ids = gather_rows(image_ids, group)
     positives = same_ids(image_ids, ids)
-    drawn, spared, candidates = [], 0., 0
+    drawn, counts = [], torch.zeros(2, dtype=torch.int64, device=image_features.device)
     for stream, (anchors, others, seen, unseen) in enumerate(((image_features, text_features, *view), (text_features, image_features, *view[::-1]))):
         similarity = similarity_matrix(anchors.detach(), gather_rows(others.detach(), group))
         aux = None if seen is None else similarity_matrix(seen, gather_rows(unseen, group))
         keep = not_suspects(similarity, aux, alpha, positives, config)
         noise = gumbel_noise((every, every), config.seed, step, stream=stream, start=start, stop=stop).to(similarity)
         drawn.append(sample_negatives(similarity, positives, logit_scale.detach() if config.hard_itm else 0., keep=keep, noise=noise))
-        spared += 0. if keep is None else (~keep & ~positives).sum().item()
-        candidates += (~positives).sum().item()
-    return *drawn, spared / max(1, candidates)
+        if keep is not None: counts += torch.stack([(~keep & ~positives).sum(), (~positives).sum()])
+    return *drawn, counts
 
-# %% ../../nbs/57_train.pretraining.ipynb #09fbf606
+# %% ../../nbs/57_train.pretraining.ipynb #09ee7dd8
 def pad_to_longest(
     texts:dict[str,Tensor], # each (B,T) of this process
     group, # processes that share the batch
@@ -97,7 +96,7 @@ def itm_loss(
     texts_drawn:Sampled, # a text for each image
     images_drawn:Sampled, # an image for each text
     group=None, # processes that share the batch
-)->tuple[Tensor,Tensor]: # scalar loss over all processes, share of this process's pairs judged right
+)->tuple[Tensor,Tensor]: # scalar loss, and share of the pairs judged right, over all processes
     "Binary cross-entropy of matching over own pairs and drawn ones (arXiv 2107.07651, eq. 4)."
     n, device = len(image_states), image_states.device
     every_text, every_mask, every_image = (gather_rows(x, group) for x in (text_states, text_mask, image_states))
@@ -105,11 +104,11 @@ def itm_loss(
     images, texts = torch.cat([own, own[texts_drawn.found], images_drawn.index[images_drawn.found]]), torch.cat([own, texts_drawn.index[texts_drawn.found], own[images_drawn.found]])
     labels = (torch.arange(len(images), device=device) < n).long()
     logits = model.match_logits(model.fuse(every_text[texts], every_mask[texts], every_image[images]))
-    summed = F.cross_entropy(logits.float(), labels, reduction='sum')
-    count = total(torch.tensor(len(labels), device=device), group)
-    return total(summed, group) / count, (logits.argmax(1) == labels).float().mean()
+    summed = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction='sum')
+    count, right = total(torch.stack([torch.tensor(len(labels), device=device), (logits.argmax(1) == labels).sum()]), group)
+    return total(summed, group) / count, right / count
 
-# %% ../../nbs/57_train.pretraining.ipynb #11a52273
+# %% ../../nbs/57_train.pretraining.ipynb #115890af
 class PretrainObjective:
     "`(model, batch, step) -> (loss, stats)` for a model with a fusion encoder."
     def __init__(self,
@@ -145,6 +144,7 @@ class PretrainObjective:
         step:int, # 0-based
     )->tuple[Tensor,dict]: # loss, what to log
         c = self.config
+        if not hasattr(model, 'image_states'): raise ValueError(f'{type(model).__name__} has no image_states: this objective needs the parts of an AlbefModel, and has no form in micro-batches')
         if c.contrast.needs_momentum and self.state is None: self.prepare(model)
         texts = pad_to_longest(batch.texts, self.group)
         image_states, text_states = model.image_states(batch.images), model.text_states(texts)
@@ -154,10 +154,11 @@ class PretrainObjective:
         stats |= dict(contrast=loss.item(), logit_scale=model.logit_scale.item())
         if c.itm_weight:
             view = self.contrast.view(batch, slow, step) if c.spare_below and c.contrast.trusts else (None, None)
-            *drawn, spared = itm_negatives(*own, model.logit_scale, batch.image_ids, step, c, self.contrast.alpha(step) if view[0] is not None else 0., view, self.group)
+            *drawn, counts = itm_negatives(*own, model.logit_scale, batch.image_ids, step, c, self.contrast.alpha(step) if view[0] is not None else 0., view, self.group)
             itm, right = itm_loss(model, image_states, text_states, texts['attention_mask'], *drawn, self.group)
             loss = loss + c.itm_weight * itm
-            stats |= dict(itm=itm.item(), itm_right=right.item(), itm_without_negative=sum(d.missing for d in drawn)) | (dict(itm_spared=spared) if c.spare_below else {})
+            missing, spared, looked = total(torch.cat([sum((~d.found).sum() for d in drawn)[None], counts]), self.group).tolist()
+            stats |= dict(itm=itm.item(), itm_right=right.item(), itm_without_negative=missing) | (dict(itm_spared=spared / max(1, looked)) if c.spare_below else {})
         if c.mlm_weight:
             mlm = self._mlm(model, texts, image_states, slow_states, step, stats.get('distill_weight', 0.))
             loss = loss + c.mlm_weight * mlm

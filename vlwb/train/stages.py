@@ -23,7 +23,7 @@ from .pretraining import PretrainConfig, PretrainObjective
 from .processes import join_team
 from .recipe import AuxModel
 
-# %% ../../nbs/58_train.stages.ipynb #0587f724
+# %% ../../nbs/58_train.stages.ipynb #05c51a87
 @dataclass(frozen=True)
 class Stage:
     "One stage of training."
@@ -34,9 +34,13 @@ class Stage:
     image_size:int|None=None # pixels a side; the model's when None
     augment:str='none' # 'none', 'crop' (random resized crop) or 'randaugment' (crop and RandAugment)
     one_caption_per_image:bool=True # an image stands at most once in a batch
+    ramp_epochs:float=0. # albef: passes over the set in which the weight of its soft targets rises; 0 takes the contrast's distill_ramp
+    workers:int=0 # processes that decode images
 
     def __post_init__(self):
         if self.augment not in ('none', 'crop', 'randaugment'): raise ValueError(f"augment must be 'none', 'crop' or 'randaugment', got {self.augment!r}")
+
+        if self.train.micro_batch: raise ValueError('stages have no form in micro-batches: leave micro_batch at 0')
 
     def run(self,
         pairs:int, # pairs in the stage's set
@@ -56,7 +60,10 @@ class Preset:
     text:str|None=None # and the text and fusion encoders
 
     def __post_init__(self):
-        if self.pretrain and self.pretrain.objective.contrast.needs_aux and self.aux is None: raise ValueError(f'{self.name}: pre-training trusts H, so it needs a stage aux; or set alpha_start=0 and alpha_end=0 in its contrast')
+        trusts = self.pretrain is not None and self.pretrain.objective.contrast.needs_aux
+        if trusts and self.aux is None: raise ValueError(f'{self.name}: pre-training trusts H, so it needs a stage aux; or set alpha_start=0 and alpha_end=0 in its contrast')
+        if trusts and self.aux.image_size != self.pretrain.image_size: raise ValueError(f'{self.name}: H looks at the pictures of pre-training: aux and pretrain need one image_size, got {self.aux.image_size} and {self.pretrain.image_size}')
+        if self.finetune is not None and self.finetune.objective.contrast.needs_aux: raise ValueError(f'{self.name}: in fine-tuning the model weighs its own negatives; set alpha_start=0 and alpha_end=0 in its contrast')
 
     @property
     def stages(self)->dict[str,Stage]: # by name, in order, those that are there
@@ -68,15 +75,15 @@ class Preset:
         change = lambda s: s and replace(s, train=replace(s.train, seed=seed), objective=replace(s.objective, seed=seed))
         return replace(self, aux=change(self.aux), pretrain=change(self.pretrain), finetune=change(self.finetune))
 
-# %% ../../nbs/58_train.stages.ipynb #071db49c
+# %% ../../nbs/58_train.stages.ipynb #07d52968
 UNIMODAL = PretrainConfig(LossConfig('infonce'), itm_weight=0., mlm_weight=0.)         # what H is trained with
 
 def _paper(name):
     "The published settings; the fine-tuning set is what a name stands for."
-    aux = Stage(UNIMODAL, TrainConfig(lr=1e-4, vision_lr=1e-5, weight_decay=0.01, warmup=1000, checkpoint_every=1000), 512, epochs=5, image_size=256, augment='crop')
+    aux = Stage(UNIMODAL, TrainConfig(lr=1e-4, vision_lr=1e-5, weight_decay=0.01, warmup=1000, checkpoint_every=1000), 512, epochs=5, image_size=256, augment='crop', workers=4)
     return Preset(name, albef_base, aux, replace(aux, objective=PretrainConfig(), epochs=30),
                   Stage(PretrainConfig(LossConfig('srcl', candidates='momentum', queue_size=65_536, alpha_start=0., alpha_end=0.), mlm_weight=0.),
-                        TrainConfig(lr=1e-5, vision_lr=2e-6, weight_decay=0.05, checkpoint_every=1000), 256, epochs=5, image_size=384, augment='randaugment'),
+                        TrainConfig(lr=1e-5, vision_lr=2e-6, weight_decay=0.05, checkpoint_every=1000), 256, epochs=5, image_size=384, augment='randaugment', workers=4),
                   'openai/clip-vit-base-patch16', 'bert-base-uncased')
 
 def _tiny(name, model, queue, aux_steps, steps, finetune_steps, batch_size, lr):
@@ -90,7 +97,7 @@ PRESETS = {p.name: p for p in (
     _tiny('tiny-scenes', albef_tiny, 256, 100, 400, 100, 64, 2e-3),
     _tiny('tiny', AlbefConfig(image_size=64, patch_size=16, channels=3), 128, 100, 400, 100, 32, 1e-3))}
 
-# %% ../../nbs/58_train.stages.ipynb #1022e7a7
+# %% ../../nbs/58_train.stages.ipynb #10b06a88
 class Staged(NamedTuple):
     "What a training leaves."
     model:nn.Module # the last stage's
@@ -111,9 +118,12 @@ def run_stage(
     identity:dict|None=None, # what else makes this run this run
 )->list[dict]: # the log
     "Train a model in one stage."
-    config = stage.run(len(dataset.caption_image))
-    objective = PretrainObjective(stage.objective, config.steps, special, aux, truth)
-    batches = Batches(dataset, stage.batch_size, config.seed, stage.one_caption_per_image)
+    pairs = len(dataset.caption_image)
+    if hasattr(aux, 'images') and (len(aux.images), len(aux.texts)) != (dataset.num_images, pairs): raise ValueError(f"H's features are of {len(aux.images)} images and {len(aux.texts)} captions, the set has {dataset.num_images} and {pairs}: they belong to another set")
+    config, loss = stage.run(pairs), stage.objective
+    if stage.ramp_epochs: loss = replace(loss, contrast=replace(loss.contrast, distill_ramp=round(stage.ramp_epochs * pairs / stage.batch_size)))
+    objective = PretrainObjective(loss, config.steps, special, aux, truth)
+    batches = Batches(dataset, stage.batch_size, config.seed, stage.one_caption_per_image, stage.workers)
     log = train(model, batches, objective, config, folder, evaluate, name, progress, identity=dict(stage=asdict(stage), **(identity or {})))
     team = join_team(config.device)
     if folder is not None and (team is None or team.leads): model.save_pretrained(folder/'model')
