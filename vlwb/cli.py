@@ -280,10 +280,10 @@ def _beside_the_paper(pairs, out, rerank):
     ours = {'this run': out['strict']} | ({f'this run, {rerank} re-ranked': found} if (found := out.get(f'strict, first {rerank} re-ranked')) else {})
     print_table([{k: v if isinstance(v, str) else f'{v:.1f}' for k, v in row.items()} for row in results_table(ours, known).to_dict('records')], f'{known}, fine-tuned: the rows of the paper are its own, after re-ranking')
 
-# %% ../nbs/85_cli.ipynb #20d78c43
+# %% ../nbs/85_cli.ipynb #20ba49c1
 @app.command(epilog='Examples:  vlwb bench losses   |   vlwb bench retrieval   |   vlwb bench imports --json')
 def bench(
-    name:Annotated[str, typer.Argument(help='losses, retrieval, scenes or imports.')],
+    name:Annotated[str, typer.Argument(help='losses, rerank, retrieval, scenes or imports.')],
     as_json:Annotated[bool, typer.Option('--json', help='Print JSON.')]=False,
     tiny:Annotated[bool, typer.Option('--tiny', help='A size for trying out; its figures mean nothing.')]=False,
 ):

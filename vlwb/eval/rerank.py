@@ -142,7 +142,7 @@ def top_candidates(
     found = [(q @ gallery_features.T).topk(k, dim=1) for q in query_features.split(rows)]
     return torch.cat([f.indices for f in found]), torch.cat([f.values for f in found])
 
-# %% ../../nbs/62_eval.rerank.ipynb #14eba408
+# %% ../../nbs/62_eval.rerank.ipynb #149b1581
 def rerank_scores(
     model:nn.Module, # `fusion`, a FusionEncoder, and match_logits, as of `AlbefModel`
     states:States, # of the set
@@ -150,7 +150,7 @@ def rerank_scores(
     side:str='both', # 'i2t' (images looking for captions), 't2i' or 'both'
     *,
     images_at_once:int=512, # images whose states are taken from memory, disk or encoder at a time
-    budget_mb:float=18., # megabytes that the fusion encoder may take, see `fused_cls`
+    budget_mb:float=16., # megabytes that the fusion encoder may take, see `fused_cls`
     progress:bool=True, # show a bar that counts pairs
 )->dict[str,Candidates]: # of 'i2t' and 't2i', on the CPU
     "The matching head's logits for the candidates of every query, each distinct pair scored once."

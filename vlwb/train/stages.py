@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['UNIMODAL', 'PRESETS', 'Stage', 'Preset', 'Staged', 'run_stage', 'at_image_size', 'run_stages']
 
-# %% ../../nbs/58_train.stages.ipynb #02a0155b
-import copy
+# %% ../../nbs/58_train.stages.ipynb #027009cd
+import copy, os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -97,7 +97,7 @@ PRESETS = {p.name: p for p in (
     _tiny('tiny-scenes', albef_tiny, 256, 100, 400, 100, 64, 2e-3),
     _tiny('tiny', AlbefConfig(image_size=64, patch_size=16, channels=3), 128, 100, 400, 100, 32, 1e-3))}
 
-# %% ../../nbs/58_train.stages.ipynb #10b06a88
+# %% ../../nbs/58_train.stages.ipynb #109ec164
 class Staged(NamedTuple):
     "What a training leaves."
     model:nn.Module # the last stage's
@@ -123,7 +123,7 @@ def run_stage(
     config, loss = stage.run(pairs), stage.objective
     if stage.ramp_epochs: loss = replace(loss, contrast=replace(loss.contrast, distill_ramp=round(stage.ramp_epochs * pairs / stage.batch_size)))
     objective = PretrainObjective(loss, config.steps, special, aux, truth)
-    batches = Batches(dataset, stage.batch_size, config.seed, stage.one_caption_per_image, stage.workers)
+    batches = Batches(dataset, stage.batch_size, config.seed, stage.one_caption_per_image, min(stage.workers, os.cpu_count() or 1))
     log = train(model, batches, objective, config, folder, evaluate, name, progress, identity=dict(stage=asdict(stage), **(identity or {})))
     team = join_team(config.device)
     if folder is not None and (team is None or team.leads): model.save_pretrained(folder/'model')
