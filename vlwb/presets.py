@@ -6,7 +6,7 @@
 __all__ = ['TrainingData', 'read_training_data', 'changed', 'until', 'Prepared', 'prepare', 'in_turn', 'train_preset',
            'rehearse_preset']
 
-# %% ../nbs/84_presets.ipynb #02e340bf
+# %% ../nbs/84_presets.ipynb #02aa359e
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +25,7 @@ from .eval.study import WorldSpec, build_world, judge
 from .models.albef import AlbefModel
 from .models.checkpoints import albef_from_towers
 from .train.backbone import BackboneConfig
+from .train.loop import decisive
 from .train.masking import SpecialTokens, special_tokens
 from .train.objectives import encode_set
 from .train.processes import Team, join_team
@@ -192,15 +193,13 @@ def _prepare_scenes(preset, source):
     return Prepared(replace(preset, model=model), lambda role, stage: by_role[role], lambda: AlbefModel(model), special, world.tokenizer, inputs, judged,
                     lambda m, split: judge(m, getattr(world, split)), dict(world=inputs.world), [], [])
 
-# %% ../nbs/84_presets.ipynb #1718e3ba
+# %% ../nbs/84_presets.ipynb #1726f592
 def _claim(out, record, leads):
     "Write down what a folder is for, or see that it is for this."
-    free = ('device', 'log_every', 'checkpoint_every', 'skipped')
-    plain = lambda x: {k: plain(v) for k, v in x.items() if k not in free} if isinstance(x, dict) else x
     path, record = Path(out)/'vlwb.json', json.loads(json.dumps(record))
     if path.exists():
-        there = json.loads(path.read_text())
-        differs = sorted(k for k in there.keys() | record.keys() if plain(there).get(k) != plain(record).get(k))
+        there, here = (decisive({k: v for k, v in r.items() if k != 'skipped'}) for r in (json.loads(path.read_text()), record))
+        differs = sorted(k for k in there.keys() | here.keys() if there.get(k) != here.get(k))
         if differs: raise ValueError(f'{out} belongs to another run: {", ".join(differs)} differ; use another folder or the same settings')
     elif leads: write_atomic(path, json.dumps(record, indent=2))
 

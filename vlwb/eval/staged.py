@@ -6,12 +6,10 @@
 __all__ = ['DEPTHS', 'StagedSpec', 'scene_sets', 'staged_folder', 'train_staged', 'load_staged', 'judge_reranked', 'result_of',
            'results_of']
 
-# %% ../../nbs/66_eval.staged.ipynb #0256d21a
+# %% ../../nbs/66_eval.staged.ipynb #0246ad4c
 import json, shutil, time
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from pathlib import Path
-import torch
 from ..core import cache_folder, write_atomic
 from ..data.inputs import TensorSet
 from .rerank import encode_states, rerank_metrics, rerank_scores
@@ -64,7 +62,7 @@ def load_staged(
     "The model as a stage left it."
     return AlbefModel.from_pretrained(train_staged(spec)/stage/'model')
 
-# %% ../../nbs/66_eval.staged.ipynb #07b7c30a
+# %% ../../nbs/66_eval.staged.ipynb #079df926
 DEPTHS = 0, 16, 64                                                                 # candidates re-ranked; 0 is the dual encoder alone
 
 def judge_reranked(
@@ -74,7 +72,7 @@ def judge_reranked(
 )->dict[str,dict[str,float]]: # depth -> strict_R@1, all_R@1 and mAP@R, means of both directions in percent
     "Retrieval with and without the matching head."
     states = encode_states(model, judged.data, progress=False)
-    candidates = rerank_scores(model, states, max(1, *depths), progress=False)
+    candidates = rerank_scores(model, states, max(depths), progress=False)
     figures = lambda truth: rerank_metrics(candidates, states.image_features, states.text_features, truth, depths, ks=(1,))
     strict, every = figures(judged.own), figures(judged.matches)
     mean = lambda found, m: (found['i2t'][m] + found['t2i'][m]) / 2

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FREE', 'TrainConfig', 'rate_at', 'make_optimizer', 'Batches', 'random_state', 'save_checkpoint', 'latest_checkpoint',
-           'load_checkpoint', 'RunLog', 'read_log', 'Diverged', 'train_step', 'train']
+           'load_checkpoint', 'RunLog', 'read_log', 'Diverged', 'train_step', 'train', 'decisive']
 
 # %% ../../nbs/50_train.loop.ipynb #0241470b
 import json, math, os, shutil, tempfile, time
@@ -296,7 +296,7 @@ def train(
     model.eval()
     return log.records
 
-# %% ../../nbs/50_train.loop.ipynb #266de9bd
+# %% ../../nbs/50_train.loop.ipynb #26b43a68
 def _evaluated(model, evaluate):
     "Run `evaluate` without touching the random state that training uses."
     state = torch.get_rng_state()
@@ -334,16 +334,18 @@ def _run_state(config, scaler, identity):
 
 FREE = 'device', 'log_every', 'evaluate_every', 'checkpoint_every', 'workers'        # what may change between a run and its continuation
 
-def _decisive(config):
-    "A configuration without what may change, at any depth."
-    return {k: _decisive(v) if isinstance(v, dict) else v for k, v in config.items() if k not in FREE}
+def decisive(
+    config:dict, # JSON-able
+)->dict: # the same without what may change between a run and its continuation, at any depth
+    "What makes a run this run."
+    return {k: decisive(v) if isinstance(v, dict) else v for k, v in config.items() if k not in FREE}
 
 def _resume(folder, model, optimizer, scaler, config, identity, objective, team):
     "Load the folder's last checkpoint, if any, and return the step it left."
     path = latest_checkpoint(folder)
     if path is None: return 0
     before = json.loads((path/'state.json').read_text())['extra']
-    there, here = _decisive(before['config'] | before['identity']), _decisive(json.loads(json.dumps(asdict(config) | (identity or {}))))
+    there, here = decisive(before['config'] | before['identity']), decisive(json.loads(json.dumps(asdict(config) | (identity or {}))))
     differs = {k: (there.get(k), here.get(k)) for k in there.keys() | here.keys() if there.get(k) != here.get(k)}
     if differs: raise ValueError(f'{path} belongs to another run: {differs} (there, here); use another folder or the same settings')
     state = load_checkpoint(path, model, optimizer, getattr(objective, 'state', None), 0 if team is None else team.rank)
