@@ -12,6 +12,7 @@ from vlwb.losses.cyclip import cyclip
 from vlwb.losses.debiased import dcl, hcl
 from vlwb.losses.gist import gist
 from vlwb.losses.infonce import infonce
+from vlwb.losses.itcontrast import itcontrast
 from vlwb.losses.siglip import siglip
 from vlwb.losses.soft import soft_targets
 from vlwb.losses.srcl import srcl
@@ -36,6 +37,13 @@ class Batch:
     def kw(self): return self.more if self.ids is None else dict(image_ids=self.ids, **self.more)
 
 
+def made(b):
+    "Synthetics of each anchor that move with it: its own features turned, which no order of the batch changes."
+    if b.v.ndim != 2 or b.t.ndim != 2: return {}
+    turned = lambda x: x.detach()[:, (torch.arange(x.shape[1]) + torch.tensor([[1], [2]])) % x.shape[1]]
+    return dict(synthetic_texts=turned(b.v), synthetic_images=turned(b.t))
+
+
 FAMILY = {
     'infonce': lambda b, s: infonce(b.v, b.t, s, **b.kw()),
     'infonce each': lambda b, s: infonce(b.v, b.t, s, multi_positive='each', **b.kw()),
@@ -51,6 +59,8 @@ FAMILY = {
     'hcl': lambda b, s: hcl(b.v, b.t, s, **b.kw()),
     'gist': lambda b, s: gist(b.v, b.t, s, guide_image_features=b.hv, guide_text_features=b.ht, **b.kw()),
     'gist intra': lambda b, s: gist(b.v, b.t, s, guide_image_features=b.hv, guide_text_features=b.ht, intra=True, **b.kw()),
+    'itcontrast': lambda b, s: itcontrast(b.v, b.t, s, **made(b), **b.kw()),
+    'itcontrast srcl intra': lambda b, s: itcontrast(b.v, b.t, s, weights='srcl', aux_image_features=b.hv, aux_text_features=b.ht, alpha=0.4, intra_weight=0.5, synthetic_weight=0.3, form='tiled', **made(b), **b.kw()),
     'cyclip': lambda b, s: cyclip(b.v, b.t, s, **b.kw()),
     'soft': lambda b, s: soft_targets(b.v, b.t, s, target_image_features=b.hv, target_text_features=b.ht, mix=0.5, **b.kw()),
 }

@@ -52,11 +52,11 @@ def same_ids(
     if isinstance(row_ids, Tensor) and isinstance(columns, Tensor): return row_ids[:,None] == columns[None,:]
     return torch.from_numpy(np.asarray(row_ids)[:,None] == np.asarray(columns)[None,:])
 
-# %% ../nbs/00_core.ipynb #1880a062
+# %% ../nbs/00_core.ipynb #1845444f
 @dataclass
 class Batch:
     "What one training step sees: B pairs of an image and a caption, and the ids that say which belong together."
-    images:Tensor # (B,3,H,W) pixels in [0,1] or normalised, or (B,D) features
+    images:Tensor|dict[str,Tensor] # (B,3,H,W) pixels in [0,1] or normalised, (B,D) features, or a dict of tensors: regions, their mask, tags
     texts:dict[str,Tensor]|Tensor # tokeniser output, each (B,T), or (B,D) features
     image_ids:Tensor # (B,) int64: equal ids are known positives of each other
     index:Tensor # (B,) int64: position of the pair in its set
@@ -68,9 +68,8 @@ class Batch:
         non_blocking:bool=False, # overlap the copy with work, from pinned memory
     )->'Batch': # the same batch there
         "Move every tensor to `device`."
-        move = lambda t: t.to(device, non_blocking=non_blocking)
-        texts = {k: move(v) for k, v in self.texts.items()} if isinstance(self.texts, Mapping) else move(self.texts)
-        return Batch(move(self.images), texts, move(self.image_ids), move(self.index))
+        move = lambda x: {k: move(v) for k, v in x.items()} if isinstance(x, Mapping) else x.to(device, non_blocking=non_blocking)
+        return Batch(move(self.images), move(self.texts), move(self.image_ids), move(self.index))
 
 # %% ../nbs/00_core.ipynb #22a453fb
 def check_features(

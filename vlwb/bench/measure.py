@@ -58,7 +58,7 @@ def as_json(
     plain = [{k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in asdict(r).items()} for r in rows]
     return json.dumps(plain, indent=2)
 
-# %% ../../nbs/80_bench.measure.ipynb #13088b62
+# %% ../../nbs/80_bench.measure.ipynb #13d5ac60
 @dataclass(frozen=True)
 class Times:
     "Seconds of several functions that took turns."
@@ -76,6 +76,15 @@ class Times:
     )->float: # median over rounds of the ratio within a round
         "How long one takes in units of another."
         return float(np.median(self.seconds[name] / self.seconds[other]))
+
+    def spread(self,
+        name:str, # one of the functions
+        other:str, # the one it is divided by
+        factor:float=1., # that the ratios are multiplied by
+    )->str: # smallest and largest ratio within a round, and how many rounds
+        "How far the rounds lie apart."
+        each = factor * self.seconds[name] / self.seconds[other]
+        return f'{each.min():.3g} to {each.max():.3g} in {len(each)} rounds'
 
 def interleaved(
     functions:dict[str,Callable[[],object]], # what to time; each runs once a round

@@ -8,8 +8,9 @@ __all__ = ['MEASURES', 'VIEWS', 'TRAINED', 'IDLE', 'WorldSpec', 'Judged', 'World
            'word_overlap', 'text_breadth', 'breadth', 'said_whole', 'aux_view', 'train_run', 'run', 'map_specs',
            'run_all', 'paired_interval', 't_interval', 'gap_recovered']
 
-# %% ../../nbs/65_eval.study.ipynb #02f1a596
+# %% ../../nbs/65_eval.study.ipynb #02c7b34f
 import json, os, time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import lru_cache
@@ -316,7 +317,7 @@ def aux_view(
     if not spec.shuffled: return view
     return AuxFeatures(view.images, view.texts[torch.from_numpy(np.random.default_rng(spec.world.seed).permutation(len(view.texts)))])
 
-# %% ../../nbs/65_eval.study.ipynb #3411f04c
+# %% ../../nbs/65_eval.study.ipynb #346ef3ad
 @lru_cache(maxsize=1)
 def _said_whole(spec, backbone):
     train = build_world(spec, backbone).train
@@ -325,7 +326,7 @@ def _said_whole(spec, backbone):
 def train_run(
     spec:RunSpec, # the run
     batch_size:int=128, # pairs in a batch
-    evaluate:bool=True, # judge on val at each `evaluate_every` steps
+    evaluate:bool|Callable=True, # judge on val at each `evaluate_every` steps; or what to ask of the model then, model -> dict of numbers
     progress:bool=False, # show the bars
 )->Trained: # model and log
     "Train what a `RunSpec` describes."
@@ -336,7 +337,7 @@ def train_run(
     data = joined(world.train.data, world.clean) if spec.with_clean else world.train.data
     known = _said_whole(spec.world, spec.backbone) if spec.text_positives else None
     return run_recipe(lambda: spec.model(world), Batches(data, batch_size, seed=spec.world.seed), spec.recipe, aux=aux_view(spec) if loss.needs_aux else None,
-                      truth=None if spec.with_clean else world.train.matches, known=known, evaluate=watch if evaluate else None, progress=progress)
+                      truth=None if spec.with_clean else world.train.matches, known=known, evaluate=evaluate if callable(evaluate) else watch if evaluate else None, progress=progress)
 
 def run(
     spec:RunSpec, # the run

@@ -43,7 +43,7 @@ def segment_logsumexp(
     sums = values.new_zeros(size).index_add(0, segment, (values - top[segment]).exp())
     return torch.where(sums > 0, sums.clamp(min=torch.finfo(values.dtype).tiny).log() + top, floor)
 
-# %% ../../nbs/20e_losses.symmetric.ipynb #100f9d63
+# %% ../../nbs/20e_losses.symmetric.ipynb #1058419b
 @dataclass(frozen=True, eq=False)
 class Candidates:
     "Further candidates of one direction, beside those of the batch."
@@ -51,6 +51,7 @@ class Candidates:
     aux_queue:Tensor|None=None # (Q,D_H) model H's features of the queue, for weights that trust H
     extra:Tensor|None=None # (A,K,D) negatives of each anchor's own, synthesised ones say
     extra_log_weights:Tensor|None=None # (A,K) constants; -inf takes one out; 0 when None
+    sums:Tensor|None=None # (A,) log-sum-exp over still other negatives, their weights in it, outside Norm; -inf where an anchor has none
 
     def check(self,
         side:str, # 'text' for candidates of images, 'image' for those of texts
@@ -69,6 +70,7 @@ class Candidates:
             if self.extra is None: raise ValueError(f'extra_{side}_log_weights needs extra_{side}_features')
             if tuple(self.extra_log_weights.shape) != tuple(self.extra.shape[:2]): raise ValueError(f'extra_{side}_log_weights must be {tuple(self.extra.shape[:2])}, got {tuple(self.extra_log_weights.shape)}')
             if self.extra_log_weights.isnan().any() or (self.extra_log_weights == math.inf).any(): raise ValueError(f'extra_{side}_log_weights holds NaN or infinity; -inf takes a negative out')
+        if self.sums is not None and (tuple(self.sums.shape) != (a,) or (self.sums.isnan() | (self.sums == math.inf)).any()): raise ValueError(f'sums of further {side} negatives must be ({a},) and hold neither NaN nor infinity, got {tuple(self.sums.shape)}')
 
 def _check(name, x, shape, like):
     "`ValueError` unless x has the shape (strings stand for any number), is finite, and shares dtype and device."
@@ -77,7 +79,7 @@ def _check(name, x, shape, like):
     if x.dtype != like.dtype or x.device != like.device: raise ValueError(f'{name} must be {like.dtype} on {like.device} like the features, got {x.dtype} on {x.device}')
     if x.numel() and not torch.isfinite(x.detach().sum()) and not torch.isfinite(x.detach()).all(): raise ValueError(f'{name} holds NaN or infinity')
 
-# %% ../../nbs/20e_losses.symmetric.ipynb #13d0226c
+# %% ../../nbs/20e_losses.symmetric.ipynb #132d9cd7
 @dataclass(frozen=True, eq=False)
 class Anchors:
     "What one direction has collected about its anchors."
@@ -111,9 +113,10 @@ class Anchors:
         logit_scale:float|Tensor, # multiplier
         candidates:Candidates, # holds the extra negatives, or None
     )->Tensor: # (A,) log-sum-exp over all negatives, weights with mean 1
-        "The weights normalised, the anchor's own extra negatives added."
+        "The weights normalised, further sums and the anchor's own extra negatives added."
         lse = safe(self.lse)
         if self.log_norm is not None: lse = lse + torch.where(self.count > 0, self.count.clamp(min=1).to(lse.dtype).log() - safe(self.log_norm), 0.)
+        if candidates.sums is not None: lse = torch.logaddexp(lse, safe(candidates.sums.to(lse.dtype)))
         if candidates.extra is None or not candidates.extra.shape[1]: return lse
         with torch.autocast(anchors.device.type, enabled=False): logits = torch.einsum('ad,akd->ak', anchors.to(lse.dtype), candidates.extra.to(lse.dtype)) * logit_scale
         if candidates.extra_log_weights is not None: logits = safe(logits + candidates.extra_log_weights.detach().to(logits))

@@ -46,7 +46,7 @@ def leave_team()->None:
     "End the process group, if this process is in one."
     if dist.is_initialized(): dist.destroy_process_group()
 
-# %% ../../nbs/49_train.processes.ipynb #0798a15d
+# %% ../../nbs/49_train.processes.ipynb #07fabd2d
 def own_rows(
     n:int, # rows of the whole batch
     rank:int, # of this process
@@ -59,8 +59,8 @@ def take_rows(
     batch:Batch, # some pairs
     rows:slice, # which of them
 )->Batch: # those
-    texts = {k: v[rows] for k, v in batch.texts.items()} if isinstance(batch.texts, Mapping) else batch.texts[rows]
-    return Batch(batch.images[rows], texts, batch.image_ids[rows], batch.index[rows])
+    take = lambda x: {k: v[rows] for k, v in x.items()} if isinstance(x, Mapping) else x[rows]
+    return Batch(take(batch.images), take(batch.texts), batch.image_ids[rows], batch.index[rows])
 
 def own_share(
     batch:Batch, # the whole batch
