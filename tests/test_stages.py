@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from vlwb.core import make_generator, seed_everything
 from vlwb.data.inputs import TensorSet, WordTokenizer
 from vlwb.data.scenes import make_captions
@@ -59,7 +60,7 @@ def three_steps(dtype, team=None):
         loss, stats = objective(model, mine, step)
         loss.backward()
         if team is not None: average_gradients(model, team)
-        out |= {f'{step} loss': loss.detach(), **{f'{step} {k}': torch.tensor(stats[k], dtype=torch.float64) for k in ('contrast', 'itm', 'mlm')}}
+        out |= {f'{step} loss': loss.detach(), **{f'{step} {k}': torch.tensor(stats[k], dtype=torch.float64) for k in ('contrast', 'itm', 'mlm', 'itm_right', 'itm_without_negative', 'itm_spared')}}
         out |= {f'{step} gradient {n}': p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         with torch.no_grad():
             for p in model.parameters(): p -= 0.05 * p.grad if p.grad is not None else 0
@@ -142,6 +143,8 @@ def test_two_processes_resume_bit_for_bit(team):
         for cut, whole in (('cut', 'plain'), ('cut dropout', 'whole dropout')):
             for name, value in process[whole][0].items(): assert torch.equal(process[cut][0][name], value), (cut, name)
     assert team[1][0]['cut dropout'][1] == team[1][0]['whole dropout'][1]
+    kept = load_file(latest_checkpoint(team[0]/'whole dropout')/'state.safetensors')
+    assert not torch.equal(kept['rng.0.cpu'], kept['rng.1.cpu'])
     states = [process['whole dropout'][0] for process in team[1]]
     assert all(torch.equal(states[0][n], states[1][n]) for n in states[0])                       # both hold the same model
 

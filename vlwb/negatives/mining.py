@@ -22,7 +22,7 @@ from ..core import check_features
 from ..losses.regulation import check_mask
 from ..losses.tiled import id_codes
 
-# %% ../../nbs/34_negatives.mining.ipynb #09a6a5d8
+# %% ../../nbs/34_negatives.mining.ipynb #092c99e7
 def upper_bounds(
     anchors:int, # A
     positive_similarity:Tensor|None=None, # (A,) similarity of each anchor and its positive
@@ -30,7 +30,7 @@ def upper_bounds(
     relative_margin:float=0., # at least this share of the positive's similarity below it
     upper:float=math.inf, # no candidate above it
 )->Tensor|None: # (A,) float64 largest similarity that may be found; None where nothing is bounded
-    "Upper bounds from margins (arXiv 2407.15831, section 4). `ValueError` on a margin without positives, a wrong shape, NaN."
+    "Upper bounds from margins, as in positive-aware mining (arXiv 2407.15831). `ValueError` on a margin without positives, a wrong shape, NaN."
     bounds = dict(margin=margin, relative_margin=relative_margin, upper=upper)
     for name, x in bounds.items():
         if math.isnan(x) or (name != 'upper' and x < 0): raise ValueError(f'{name} must be a number{"" if name == "upper" else ", at least 0"}, got {x}')
@@ -92,7 +92,7 @@ def allowed_pairs(
     if mask is not None: mask = check_mask('mask', mask, shape, device)
     return Allowed(codes, mask, None if upper is None else upper.to(device), lower)
 
-# %% ../../nbs/34_negatives.mining.ipynb #18df08fb
+# %% ../../nbs/34_negatives.mining.ipynb #18f8ef23
 @dataclass(frozen=True, eq=False)
 class _Piece:
     "Some columns of the pool."
@@ -125,16 +125,21 @@ def _strike(scores:Tensor, out:Tensor) -> None:
     if scores.device.type != 'cpu': scores.masked_fill_(out, -math.inf)
     else: np.copyto(scores.numpy(), -math.inf, where=out.numpy())
 
+def _width(columns:int) -> int:
+    "Whole cache lines of 16 scores, an odd number of them."
+    return 16 * (-(-columns // 16) | 1)
+
 def _tile_scores(
     features:Tensor, # (r,D) of the anchors, widened
     rows:slice, # which they are
     piece:_Piece, # w candidates
     allowed:Allowed, # who may be found
     memory:Tensor, # 1-dimensional, overwritten
-)->Tensor: # (r, w or w+16) similarities; -inf where nothing may be found
+)->Tensor: # (r, w and up to 31 more) similarities; -inf where nothing may be found
     "One tile of the score matrix."
     w = len(piece.features)
-    scores = memory[:len(features)*(w|16)].view(-1, w|16)
+    width = _width(w)
+    scores = memory[:len(features)*width].view(-1, width)
     torch.mm(features, piece.features.to(features.dtype).T, out=scores[:,:w])
     scores[:,w:] = -math.inf
     if allowed.codes is not None: scores[piece.known(allowed.codes[0][rows])] = -math.inf
@@ -192,7 +197,7 @@ def keep_best(
     order = _falling(values)[:,:k]
     return values.gather(1, order), columns.gather(1, order)
 
-# %% ../../nbs/34_negatives.mining.ipynb #290915db
+# %% ../../nbs/34_negatives.mining.ipynb #29677a3f
 @contextmanager
 def in_threads(
     device:torch.device, # where the work happens; threads are for a CPU
@@ -220,11 +225,11 @@ def tile_sizes(
 )->tuple[int,int]: # anchors, candidates at a time
     "Tiles of about one size, as many rows of them as keep all threads at work."
     cpu = device.type == 'cpu'
-    rows, columns = rows or (1024 if cpu else 4096), columns or (2560 if cpu else 16384)
+    if rows is None: rows = 1536 if cpu else 4096
+    if columns is None: columns = 2560 if cpu else 16384
     if min(rows, columns) < 1: raise ValueError(f'rows and columns must be at least 1, got {rows} and {columns}')
-    share = torch.get_num_threads() if cpu else 1
-    even = lambda n, most, by: max(1, -(-n // (-(-n // (most * by)) * by or 1)))
-    return even(anchors, rows, share), even(candidates, columns, 1)
+    def even(n, most, threads): return max(1, math.ceil(n / max(1, threads * math.ceil(n / (most * threads)))))
+    return even(anchors, rows, torch.get_num_threads() if cpu else 1), even(candidates, columns, 1)
 
 # %% ../../nbs/34_negatives.mining.ipynb #32a3e72a
 class Mined(NamedTuple):
@@ -242,7 +247,7 @@ def _mined(index:Tensor, similarity:Tensor, lower:float=-math.inf) -> Mined:
     found = (similarity > -math.inf) & (similarity >= lower)
     return Mined(index.masked_fill(~found, 0), similarity.masked_fill(~found, -math.inf), found)
 
-# %% ../../nbs/34_negatives.mining.ipynb #33bd2e03
+# %% ../../nbs/34_negatives.mining.ipynb #334a8b0e
 def _search(
     anchors:Tensor, # (A,D)
     pool:Tensor, # (M,D)
@@ -260,16 +265,16 @@ def _search(
         features, n = anchors[take].to(kind), take.stop - take.start
         best = torch.zeros(n, 0, dtype=kind, device=device), torch.zeros(n, 0, dtype=torch.int64, device=device)
         try: memory = free.get_nowait()
-        except Empty: memory = torch.empty(min(rows, len(anchors)) * (columns + 16), dtype=kind, device=device)
+        except Empty: memory = torch.empty(min(rows, len(anchors)) * _width(columns), dtype=kind, device=device)
         for piece in pieces: best = keep_best(_tile_scores(features, take, piece, allowed, memory), *best, piece.start, k)
         free.put(memory)
         return [torch.nn.functional.pad(x, (0, k - x.shape[1]), value=value) for x, value in zip(best, (-math.inf, 0))]
     with torch.no_grad(), in_threads(device, len(starts)) as run: done = run(torch.no_grad()(search), starts)
-    if not done: return Mined(torch.zeros(0, k, dtype=torch.int64, device=device), torch.zeros(0, k, dtype=kind, device=device), torch.zeros(0, k, dtype=torch.bool, device=device))
-    similarity, index = (torch.cat(x) for x in zip(*done))
+    nobody = anchors.new_zeros(0, k, dtype=kind), torch.zeros(0, k, dtype=torch.int64, device=device)
+    similarity, index = (torch.cat(x) for x in zip(nobody, *done))
     return _mined(index, similarity, allowed.lower)
 
-# %% ../../nbs/34_negatives.mining.ipynb #354ba9bf
+# %% ../../nbs/34_negatives.mining.ipynb #35023ba5
 def hardest(
     anchors:Tensor, # (A,D) features, unit norm where similarity is to be a cosine
     pool:Tensor, # (M,D) features of the candidates
@@ -283,7 +288,7 @@ def hardest(
     relative_margin:float=0., # and at least this share of the positive's similarity below it
     upper:float=math.inf, # largest similarity that is found
     lower:float=-math.inf, # least similarity that is found
-    rows:int|None=None, # anchors at a time at most; about a thousand on a CPU when None
+    rows:int|None=None, # anchors at a time at most; 1,536 on a CPU when None
     columns:int|None=None, # candidates at a time at most
 )->Mined: # index, similarity and found, (A,k) each; detached
     "The k most similar candidates of each anchor among those that may be found, exactly; ties by the lower index. `ValueError` that names what does not fit."
@@ -292,7 +297,7 @@ def hardest(
     allowed = allowed_pairs(anchors, pool, anchor_ids, pool_ids, mask, upper, lower)
     return _search(anchors, pool, k, allowed, *tile_sizes(len(anchors), len(pool), anchors.device, rows, columns))
 
-# %% ../../nbs/34_negatives.mining.ipynb #46b4d94f
+# %% ../../nbs/34_negatives.mining.ipynb #469b357d
 def _faiss_index(
     pool:Tensor, # (M,D)
     factory:str, # faiss's name of the kind of index
@@ -329,7 +334,7 @@ def _search_index(
             ok = (found >= 0) & allowed.of(part, found.clamp(min=0), similarity)
             values, order = similarity.masked_fill(~ok, -math.inf).sort(dim=1, descending=True, stable=True)
             best[part,:min(k, width)], where[part,:min(k, width)] = values[:,:k], found.gather(1, order)[:,:k].clamp(min=0)
-            short = (ok.sum(1) < k) & (found >= 0).all(1)
+            short = (ok.sum(1) < k) & (found >= 0).all(1) & (similarity.amin(1) >= allowed.lower)
             part, width = part[short], 0 if width == size else min(size, 4 * width)
     return _mined(where, best, allowed.lower)
 

@@ -17,7 +17,7 @@ from ..losses.processes import gather_rows, row_range, total
 from .objectives import LossConfig, Objective
 from .pretraining import itm_cross_entropy, itm_negatives, itm_pairs
 
-# %% ../../nbs/57a_train.matching.ipynb #05adf49f
+# %% ../../nbs/57a_train.matching.ipynb #05a1adc7
 @dataclass(frozen=True)
 class MatchingConfig:
     "What is minimised; an ablation changes one field."
@@ -33,7 +33,6 @@ class MatchingConfig:
         if min(self.contrast_weight, self.itm_weight, self.spare_below) < 0: raise ValueError('contrast_weight, itm_weight and spare_below must not be negative')
         if not self.contrast_weight + self.itm_weight: raise ValueError('contrast_weight and itm_weight are both 0: nothing is minimised')
         if self.spare_below and not self.contrast_weight: raise ValueError('spare_below looks at the similarity of separate passes, which only a contrast trains: give contrast_weight')
-        if self.contrast.needs_truth: raise ValueError(f'{self.contrast.name!r} is for the dual encoder')
 
     @property
     def needs_aux(self)->bool: # True when H has a say

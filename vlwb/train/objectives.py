@@ -30,7 +30,7 @@ from ..negatives.both_ways import Suspicion, synthesise_both_ways, synthesis_sta
 from ..negatives.synthesis import SynthesisConfig
 from ..negatives.weights import alpha_schedule, hard_removal, removal_log_weights
 
-# %% ../../nbs/52_train.objectives.ipynb #0530d447
+# %% ../../nbs/52_train.objectives.ipynb #0594823b
 NAMES = 'infonce', 'srcl', 'removal', 'gist', 'soft', 'dcl', 'hcl', 'cyclip', 'siglip', 'vse', 'vse_sum', 'albef', 'itcontrast', 'mochi', 'synco', 'oracle_removal', 'oracle_positives'
 CONTRASTED = 'infonce', 'srcl', 'removal', 'albef'      # that can meet momentum candidates
 SYNTHESISED = 'itcontrast', 'mochi', 'synco'            # that make negatives of their own
@@ -54,6 +54,7 @@ class LossConfig:
     beta:float=1. # hcl: weight on the hard negatives
     consistency:float=0.25 # cyclip: weight of each of its two terms
     margin:float=0.2 # vse and vse_sum
+    hinge_warmup:int=0 # vse: steps on all negatives before the hardest alone; from fresh weights the hardest alone often collapses
     view:str='aux' # what alpha trusts: 'aux', model H, or 'momentum', the slow copy of the model
     candidates:str='online' # what anchors are told apart from: 'online', the batch, or 'momentum', the slow model's features of batch and queue
     momentum:float=0.995 # decay of the slow copy, where there is one
@@ -140,7 +141,7 @@ def encode_set(
     model.train(was_training)
     return AuxFeatures(images.clone(), texts.clone())
 
-# %% ../../nbs/52_train.objectives.ipynb #09a78012
+# %% ../../nbs/52_train.objectives.ipynb #095dfa79
 class Objective:
     "The function `(model, batch, step) -> (loss, stats)` that a `LossConfig` describes."
     def __init__(self,
@@ -211,7 +212,7 @@ class Objective:
         if self.config.contrasts_momentum: return self._against_momentum(own, momentum, batch, step)
         if self.config.name in SYNTHESISED: return self._synthesised(own, momentum, batch, step)
         if self.config.name in ('srcl', 'removal'): return self._weighted(own, momentum, batch, step)
-        return self._unweighted(own, batch, logit_bias), {}
+        return self._unweighted(own, batch, logit_bias, step), {}
 
     def matches(self,
         batch:Batch, # ids and positions
@@ -243,7 +244,7 @@ class Objective:
         if self.alpha(step) == 0: return None, None
         return momentum if self.config.view == 'momentum' else self.aux_features(batch)
 
-    def _unweighted(self, own, batch, bias):
+    def _unweighted(self, own, batch, bias, step):
         "Losses without regulation weights."
         c = self.config
         if self.known is None and not c.needs_truth: one = dict(image_ids=batch.image_ids)       # ids, where they say it all: no mask of B x B
@@ -258,7 +259,7 @@ class Objective:
             case 'dcl': return dcl(*own, **one, tau_plus=c.tau_plus)
             case 'hcl': return hcl(*own, **one, tau_plus=c.tau_plus, beta=c.beta)
             case 'siglip': return siglip(*own, **one) if bias is None else siglip(*own, **one, logit_bias=bias)
-            case 'vse' | 'vse_sum': return vse(*own[:2], **one, margin=c.margin, hardest=c.name == 'vse', reduction='mean')
+            case 'vse' | 'vse_sum': return vse(*own[:2], **one, margin=c.margin, hardest=c.name == 'vse' and step >= c.hinge_warmup, reduction='mean')
         images, texts = self.aux.features(batch)
         if c.name == 'gist': return gist(*own, **shared, guide_image_features=images, guide_text_features=texts, margin=c.guide_margin)
         return soft_targets(*own, **one, target_image_features=images, target_text_features=texts, target_scale=c.soft_scale, mix=c.soft_weight)
@@ -291,11 +292,12 @@ class Objective:
         entries = self.state.entries() if c.queue_size else {}
         aux = self.aux_features(batch) if c.needs_aux else (None, None)
         if c.queue_size: self.pending = (*momentum, batch.image_ids, *aux)
-        queue = {k: entries[k] for k in ('image_queue', 'text_queue', 'queue_ids') if entries}
+        alike = lambda x, like: x.to(like.dtype) if x.is_floating_point() else x                     # a queue keeps float32, whatever the features are
+        queue = {k: alike(entries[k], own[0]) for k in ('image_queue', 'text_queue', 'queue_ids') if entries}
         images, texts = self.view(batch, momentum, step) if c.trusts else (None, None)
         seen = dict(aux_image_features=images, aux_text_features=texts) if images is not None else {}
         names = ('image_queue', 'text_queue') if c.view == 'momentum' else ('aux_image_queue', 'aux_text_queue')
-        remembered = {f'aux_{side}_queue': entries[name] for side, name in zip(('image', 'text'), names)} if seen and entries else {}
+        remembered = {f'aux_{side}_queue': alike(entries[name], images) for side, name in zip(('image', 'text'), names)} if seen and entries else {}
         suspicion = None
         if c.weighs: suspicion = Suspicion(**settings, image_view=images, text_view=texts, image_queue_view=remembered.get('aux_image_queue'), text_queue_view=remembered.get('aux_text_queue'))
         known = self.truth if c.gate_by == 'truth' else self.known

@@ -513,7 +513,7 @@ def _topk_lines(retrieved, q, K, width):
     need = lambda c: wrap_text(c, int((width-.72)/.0635), 2).count('\n') + 1
     return [max((need(m[q][k]) for m in retrieved.values() if k < len(m[q])), default=1) for k in range(K)]
 
-# %% ../../nbs/70_viz.plots.ipynb #48d1cb7c
+# %% ../../nbs/70_viz.plots.ipynb #481d7fbe
 @_styled
 def plot_topk(
     queries, # Q pictures or Q captions
@@ -536,7 +536,7 @@ def plot_topk(
     for q, query in enumerate(queries):
         y = top + sum(tall[:q])
         ax.plot([.12, left+block*len(retrieved)+.1], [y, y], color=FAINT, linewidth=.8)
-        if query_text: ax.text(.12, y+.12, wrap_text(query, 30, 5), va='top', fontsize=8.6)
+        if query_text: ax.text(.12, y+.12, wrap_text(query, 27, 5), va='top', fontsize=8.6)
         else: _put_image(ax, query, .12, y+.1, 1.1)
         for m, model in enumerate(retrieved):
             s = None if scores is None else _array(scores[model][q], 'scores')
@@ -709,7 +709,7 @@ def plot_detection(
     fig.alt = 'ROC and precision-recall curves. ' + '; '.join(h.get_label() for h in handles) + '.'
     return fig
 
-# %% ../../nbs/70_viz.plots.ipynb #6993a521
+# %% ../../nbs/70_viz.plots.ipynb #690e76d3
 @_styled
 def plot_threshold_curve(
     thresholds, # (T,) swept values
@@ -733,7 +733,7 @@ def plot_threshold_curve(
         if len(v) > 1: ax.fill_between(t, np.nanmin(v, 0), np.nanmax(v, 0), color=colour, alpha=.15, linewidth=0)
         handles += ax.plot(t, np.nanmean(v, 0), color=colour, linestyle=dash, marker=point, markersize=4, linewidth=1.8, label=clean_text(name, 40) + (f' ({len(v)} seeds)' if len(v) > 1 else ''))
     if chosen is not None: handles.append(ax.axvline(chosen, color=MUTED, linewidth=1, linestyle=(0, (1, 2)), label=f'chosen: {chosen:g}'))
-    if log: ax.set_xscale('log'); ax.xaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda u, _: f'{u:g}'))
+    if log: ax.set_xscale('log'); ax.xaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda u, _: f'{u:g}')); ax.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
     fig.legend(handles=handles, loc='outside lower left', ncols=min(3, len(handles)))
     fig.alt = f'{ylabel} over {xlabel} from {np.nanmin(x):g} to {np.nanmax(x):g}: {", ".join(clean_text(k, 40) for k in curves)}.'
