@@ -66,6 +66,45 @@ def test_train_with_other_losses(tmp_path):
     assert '--aux-steps' in vlwb(*common, '--loss', 'soft', '--out', tmp_path/'soft', code=2)
 
 
+def test_train_with_synthetic_negatives(tmp_path):
+    "ITContrast, MoCHi and SynCo for a dual encoder, with the options that only they have, whole and in micro-batches."
+    import numpy as np
+    from vlwb.data.toy import hidden_matches
+    from typer.testing import CliRunner
+    from vlwb.cli import app
+    def vlwb(*arguments): # in this process: a second each
+        done = CliRunner().invoke(app, [*map(str, arguments)])
+        assert done.exception is None, (done.output, done.exception)
+        return done.output
+    toy = hidden_matches()
+    np.savez(tmp_path/'features.npz', image_features=toy.images.numpy(), text_features=toy.texts.numpy(), caption_image=np.asarray(toy.caption_image))
+    common = 'train', tmp_path/'features.npz', '--steps', 6, '--batch-size', 16, '--device', 'cpu'
+    recipe = lambda name: json.loads((tmp_path/name/'vlwb.json').read_text())['recipe']['loss']
+    vlwb(*common, '--loss', 'itcontrast', '--synthetic-weight', .5, '--strata', 2, '--hardest', 8, '--hardness-temperature', .05, '--gate', .2, '--intra-weight', .1, '--regulated', '--micro-batch', 5, '--out', tmp_path/'it')
+    saved = recipe('it')
+    assert (saved['synthetic_weight'], saved['intra_weight'], saved['regulated'], saved['alpha_start']) == (.5, .1, True, 0.)
+    assert {k: saved['synthesis'][k] for k in ('strata', 'hardest', 'hardness_temperature', 'gate')} == dict(strata=2, hardest=8, hardness_temperature=.05, gate=.2)
+    assert 'synthetic_hardness' in json.loads((tmp_path/'it'/'log.jsonl').read_text().splitlines()[-1])
+    vlwb(*common, '--loss', 'mochi', '--gate', .2, '--aux-steps', 2, '--out', tmp_path/'mochi')
+    assert recipe('mochi')['alpha_start'] == 1. and (tmp_path/'mochi'/'aux'/'log.jsonl').exists()                # H has a say in the gate
+    vlwb(*common, '--loss', 'synco', '--hardest', 8, '--seed', 4, '--out', tmp_path/'synco')
+    assert recipe('synco')['seed'] == 4
+    judged = json.loads(vlwb('eval', tmp_path/'synco', tmp_path/'features.npz', '--json').splitlines()[-1])
+    assert judged['strict']['rsum'] > 0
+
+
+def test_options_of_synthetic_negatives_belong_to_them():
+    from typer.testing import CliRunner
+    from vlwb.cli import app
+    said = lambda *arguments: str(CliRunner().invoke(app, ['train', *map(str, arguments)]).exception)
+    assert '--gate, --hardest goes with --loss itcontrast, mochi or synco' in said('pairs.csv', '--hardest', 3, '--gate', .1)
+    assert '--strata goes with --loss itcontrast' in said('pairs.csv', '--loss', 'mochi', '--strata', 3)
+    assert 'a preset of an ALBEF has not' in said('--preset', 'tiny', '--data', 'x', '--synthetic-weight', .1)
+    assert '--queue-size of an OSCAR' in said('--preset', 'oscar-tiny', '--data', 'x', '--loss', 'vse', '--queue-size', 9)
+    assert "one of itcontrast, mochi, synco" in said('--preset', 'oscar-tiny', '--data', 'x', '--loss', 'albef')
+    assert '--regions, --start goes with --preset NAME only' in said('pairs.csv', '--regions', 'grid', '--start', 'x')
+
+
 def test_train_eval_audit_on_a_folder(photos, tmp_path):
     run = tmp_path/'run'
     vlwb('train', photos/'captions.jsonl', '--kind', 'tiny', '--steps', 8, '--aux-steps', 3, '--loss', 'srcl', '--similarity-temperature', .3, '--batch-size', 12, '--out', run, '--device', 'cpu')

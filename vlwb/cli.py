@@ -59,7 +59,7 @@ def demo(
     typer.echo(f'The report is in {path}: open it in a browser.')
     typer.echo(f'Next: jupyter lab {NEXT}')
 
-# %% ../nbs/85_cli.ipynb #0999e8d4
+# %% ../nbs/85_cli.ipynb #092fbce5
 Source = Annotated[Path, typer.Argument(metavar='PAIRS', help='Karpathy or COCO JSON, JSONL, CSV/TSV, a folder, or features (npz, safetensors, arrow, parquet).')]
 Images = Annotated[Optional[Path], typer.Option(help='Image folder, where it is not beside the pairs.')]
 Format = Annotated[str, typer.Option(help='auto, karpathy, coco, jsonl, table or folder.')]
@@ -67,7 +67,7 @@ Split = Annotated[Optional[str], typer.Option(help='Use this split only (train, 
 NoImages = Annotated[bool, typer.Option('--no-images', help='Read captions alone, where the pictures are not at hand.')]
 Skip = Annotated[bool, typer.Option('--skip-bad', help='Leave bad rows and broken images out and report them, instead of stopping at the first.')]
 Kind = Annotated[str, typer.Option(help='frozen: heads on the encoders of the extra pretrained; tiny: from scratch; towers, clip: your checkpoints.')]
-Vision = Annotated[Optional[str], typer.Option(help='Vision tower, a folder or hub name (--kind towers), or another frozen encoder.')]
+Vision = Annotated[Optional[str], typer.Option(help='Vision tower, a folder or hub name (--kind towers, --regions grid), or another frozen encoder.')]
 Text = Annotated[Optional[str], typer.Option(help='Text tower, a folder or hub name (--kind towers), or another frozen encoder.')]
 Clip = Annotated[Optional[str], typer.Option(help='CLIP-like model, a folder or hub name.')]
 
@@ -108,13 +108,15 @@ def audit(
     typer.echo(f"{s['suspects_listed']} suspects in {out/'suspects.jsonl'}, with pictures in {out/'audit.html'}.")
     typer.echo(f"Next: review the list (delete lines, or give them \"verdict\": \"no match\"), then  vlwb train {_repeat(pairs, images, format, split, skip_bad)} --known {out/'suspects.jsonl'}")
 
-# %% ../nbs/85_cli.ipynb #14604429
-@app.command(epilog='Examples:  vlwb train captions.jsonl --images photos --out run --loss srcl --aux-steps 200   |   vlwb train features.npz --out run   |   vlwb train --preset coco --data coco --dry-run')
+# %% ../nbs/85_cli.ipynb #14a06bc4
+_panel = 'Synthetic negatives'
+
+@app.command(epilog='Examples:  vlwb train captions.jsonl --images photos --out run --loss srcl --aux-steps 200   |   vlwb train features.npz --out run   |   vlwb train --preset coco --data coco --dry-run   |   vlwb train --preset oscar-tiny --data photos --regions grid --vision vit --from-scratch')
 def train(
     context:typer.Context,
     pairs:Annotated[Optional[Path], typer.Argument(metavar='[PAIRS]', help='Karpathy or COCO JSON, JSONL, CSV/TSV, a folder, or features (npz, safetensors, arrow, parquet). Left out with --preset.')]=None,
     out:Annotated[Path, typer.Option(help="The run's folder: log, checkpoints, model. A run found there goes on.")]=Path('runs/latest'),
-    loss:Annotated[str, typer.Option(help='infonce, srcl, removal, gist, soft, dcl, hcl, cyclip, siglip, vse or vse_sum. With --preset: srcl (its own), infonce, albef or removal.')]='infonce',
+    loss:Annotated[str, typer.Option(help='infonce, srcl, removal, gist, soft, dcl, hcl, cyclip, siglip, vse, vse_sum, itcontrast, mochi or synco. With --preset: srcl (its own), infonce, albef or removal; of an OSCAR itcontrast (its own) or any that needs no H.')]='infonce',
     images:Images=None, format:Format='auto', split:Split=None,
     kind:Kind='frozen', vision:Vision=None, text:Text=None, clip:Clip=None,
     vision_pooling:Annotated[Optional[str], typer.Option(help='Of towers: cls, mean or pooler; by itself what the kind of model needs.')]=None,
@@ -122,7 +124,7 @@ def train(
     clean:Annotated[Optional[Path], typer.Option(help="H's clean set, in any form that PAIRS may have; PAIRS itself when left out.")]=None,
     known:Annotated[Optional[Path], typer.Option(help="Confirmed matches (JSON lines) or the audit's list, reviewed or not: they become positives.")]=None,
     steps:Annotated[int, typer.Option(min=1, help='Updates, those of H included.')]=1000,
-    aux_steps:Annotated[int, typer.Option(min=0, help='Updates of H (srcl, removal, gist, soft); 0: srcl and removal weigh their own negatives from the start.')]=0,
+    aux_steps:Annotated[int, typer.Option(min=0, help='Updates of H (srcl, removal, gist, soft, and with --gate or --regulated itcontrast, mochi, synco); 0: all but gist and soft weigh their own negatives from the start.')]=0,
     batch_size:Annotated[int, typer.Option(min=1, help='Pairs in a batch.')]=128,
     micro_batch:Annotated[int, typer.Option(min=0, help='Pairs encoded at a time: a big batch in the memory of a small one. 0: all at once.')]=0,
     lr:Annotated[float, typer.Option(help='Peak learning rate.')]=1e-3,
@@ -139,36 +141,47 @@ def train(
     soft_scale:Annotated[float, typer.Option(help="soft: multiplier of H's similarities within a modality.")]=10.,
     margin:Annotated[float, typer.Option(help='vse and vse_sum.')]=0.2,
     consistency:Annotated[float, typer.Option(help='cyclip: weight of each of its two terms.')]=0.25,
+    synthetic_weight:Annotated[float, typer.Option(min=0., help='itcontrast, mochi, synco: lambda, the weight of the synthetic negatives.', rich_help_panel=_panel)]=1.,
+    hardest:Annotated[int, typer.Option(min=1, help='itcontrast, mochi, synco: K, the hardest negatives that the synthetics are made of.', rich_help_panel=_panel)]=64,
+    strata:Annotated[int, typer.Option(min=1, help='itcontrast: P, the strata of those; one representative each.', rich_help_panel=_panel)]=4,
+    hardness_temperature:Annotated[float, typer.Option(help='itcontrast: tau_h; cold takes the hardest of a stratum, hot its mean.', rich_help_panel=_panel)]=0.1,
+    gate:Annotated[float, typer.Option(min=0., help="itcontrast, mochi, synco: negatives whose SRCL weight is below this are suspects and make no synthetic; 0 gates none.", rich_help_panel=_panel)]=0.,
+    intra_weight:Annotated[float, typer.Option(min=0., help="itcontrast, mochi, synco: weight of the anchor's own modality as further negatives.", rich_help_panel=_panel)]=0.,
+    regulated:Annotated[bool, typer.Option('--regulated', help="itcontrast, mochi, synco: SRCL's weights on the real negatives.", rich_help_panel=_panel)]=False,
     hidden:Annotated[int, typer.Option(min=0, help='Width of a layer between frozen features and projections; 0 for none.')]=0,
     projection_dim:Annotated[int, typer.Option(min=1, help='Width of the shared space.')]=256,
     checkpoint_every:Annotated[int, typer.Option(min=0, help='Steps between checkpoints; 0: only at the end.')]=200,
     device:Annotated[str, typer.Option(help='auto, cpu, cuda, ...')]='auto',
     tensorboard:Annotated[bool, typer.Option('--tensorboard', help='Also write TensorBoard events (extra tensorboard).')]=False,
     skip_bad:Skip=False,
-    preset:Annotated[Optional[str], typer.Option(help='Train an ALBEF in the three stages of SRCL: coco, flickr30k (the settings of the paper), tiny or tiny-scenes.', rich_help_panel='Training in stages')]=None,
+    preset:Annotated[Optional[str], typer.Option(help='Train an ALBEF in the three stages of SRCL: coco, flickr30k (the settings of the paper), tiny or tiny-scenes; or an OSCAR by matching, then ITContrast: oscar-coco, oscar-flickr30k, oscar-tiny or oscar-scenes.', rich_help_panel='Training in stages')]=None,
     data:Annotated[Optional[str], typer.Option(help='Folder with dataset_coco.json, dataset_flickr30k.json or any other form, images below it; pretrain.jsonl (noisy pairs) and clean.jsonl (for H) if you have them. Or scenes, the built-in world.', rich_help_panel='Training in stages')]=None,
     dry_run:Annotated[bool, typer.Option('--dry-run', help='Check data, shapes, memory and time. Nothing is trained, nothing written.', rich_help_panel='Training in stages')]=False,
     from_scratch:Annotated[bool, typer.Option('--from-scratch', help="Fresh weights of the preset's sizes; words learned from the captions.", rich_help_panel='Training in stages')]=False,
     stop_after:Annotated[Optional[str], typer.Option(help='aux, pretrain or finetune; the same command without it goes on.', rich_help_panel='Training in stages')]=None,
     scale_steps:Annotated[float, typer.Option(help='Length of every stage, as a multiple of the preset: 0.1 for a tenth.', rich_help_panel='Training in stages')]=1.,
     queue_size:Annotated[Optional[int], typer.Option(min=1, help='Pairs in the queue; less than half of the set.', rich_help_panel='Training in stages')]=None,
+    regions:Annotated[Optional[str], typer.Option(help="Of an OSCAR: a detector's regions, as a store, a .tsv, a .pt or a folder with a file an image; or grid, the patches that the tower of --vision cuts the photos into, which is no detector.", rich_help_panel='Training in stages')]=None,
+    region_labels:Annotated[Optional[Path], typer.Option(help='Object tags of the regions, where they are in a file of their own (.tsv or .pt).', rich_help_panel='Training in stages')]=None,
+    start:Annotated[Optional[Path], typer.Option(help='Of an OSCAR: checkpoint of OSCAR, VinVL or BERT, or a run of vlwb train, that it starts from; its tokeniser beside it, or named by --text.', rich_help_panel='Training in stages')]=None,
 ):
-    "Train a dual encoder on your own pairs or features, or an ALBEF in stages (--preset). With accelerate launch ... -m vlwb.cli train --preset ... several processes share each batch."
+    "Train a dual encoder on your own pairs or features, or an ALBEF or OSCAR in stages (--preset). With accelerate launch ... -m vlwb.cli train --preset ... several processes share each batch."
     given = {name for name in context.params if context.get_parameter_source(name).name == 'COMMANDLINE'}
     _check_together(given)
+    synthesis = dict(hardest=hardest, strata=strata, hardness_temperature=hardness_temperature, gate=gate)
+    contrast = dict(name=loss, similarity_temperature=similarity_temperature, norm=norm, delta=delta, threshold=threshold, multi_positive=multi_positive, synthetic_weight=synthetic_weight, intra_weight=intra_weight, regulated=regulated)
+    _check_synthesis(given, loss, preset)
     if preset is not None:
-        contrast = dict(name=loss, similarity_temperature=similarity_temperature, norm=norm, delta=delta, threshold=threshold, multi_positive=multi_positive, queue_size=queue_size)
-        renamed = given | ({'name'} if 'loss' in given else set())
-        chosen = dict(contrast={k: v for k, v in contrast.items() if k in renamed}, run={k: v for k, v in dict(device=device, checkpoint_every=checkpoint_every).items() if k in given},
-                      scale=scale_steps, batch_size=batch_size if 'batch_size' in given else None, seed=seed)
-        return _train_preset(preset, data, out, chosen, vision, text, from_scratch, dry_run, stop_after, skip_bad)
+        chosen = _chosen(given, contrast | dict(queue_size=queue_size), synthesis, dict(device=device, checkpoint_every=checkpoint_every)) | dict(scale=scale_steps, batch_size=batch_size if 'batch_size' in given else None, seed=seed)
+        return _train_preset(preset, data, out, chosen, dry_run, stop_after, dict(vision=vision, text=text, from_scratch=from_scratch, on_error='skip' if skip_bad else 'raise', regions=regions, labels=region_labels, start=start))
+    from vlwb.negatives.synthesis import SynthesisConfig
     from vlwb.train.loop import TrainConfig
     from vlwb.train.objectives import LossConfig
     from vlwb.train.recipe import Recipe
     from vlwb.workflows import InputConfig, train_pairs
     own = dict(alpha_start=0., alpha_end=0.) if aux_steps == 0 else {}
-    chosen = LossConfig(loss, multi_positive, similarity_temperature=similarity_temperature, norm=norm, delta=delta, threshold=threshold, guide_margin=guide_margin, soft_weight=soft_weight,
-                        soft_scale=soft_scale, tau_plus=tau_plus, beta=beta, consistency=consistency, margin=margin, **own)
+    chosen = LossConfig(**contrast, guide_margin=guide_margin, soft_weight=soft_weight, soft_scale=soft_scale, tau_plus=tau_plus, beta=beta, consistency=consistency, margin=margin,
+                        synthesis=SynthesisConfig(**synthesis), seed=seed, **own)
     recipe = Recipe(chosen,
                     TrainConfig(steps=steps, lr=lr, seed=seed, micro_batch=micro_batch, device=device, checkpoint_every=checkpoint_every), aux_steps)
     done = train_pairs(pairs, out, recipe, InputConfig(kind, vision, text, clip, vision_pooling, text_pooling, hidden=hidden, projection_dim=projection_dim), images, format, split, clean, known, batch_size,
@@ -177,33 +190,53 @@ def train(
     typer.echo(f"Trained {done.log[-1]['step']} steps, last loss {done.log[-1]['loss']:.3f}. Model, log and checkpoint are in {out}.")
     typer.echo(f'Next: vlwb eval {out} {_repeat(pairs, images, format, split, skip_bad)}   (better: on a split or a file that it was not trained on)')
 
-# %% ../nbs/85_cli.ipynb #16c32519
-_of_presets = 'data', 'dry_run', 'from_scratch', 'stop_after', 'scale_steps', 'queue_size'
-_of_both = 'preset', 'out', 'loss', 'vision', 'text', 'batch_size', 'seed', 'similarity_temperature', 'norm', 'delta', 'threshold', 'multi_positive', 'checkpoint_every', 'device', 'skip_bad'
+# %% ../nbs/85_cli.ipynb #16af5f19
+_of_presets = 'data', 'dry_run', 'from_scratch', 'stop_after', 'scale_steps', 'queue_size', 'regions', 'region_labels', 'start'
+_synthesised = 'synthetic_weight', 'hardest', 'strata', 'hardness_temperature', 'gate', 'intra_weight', 'regulated'
+_of_both = 'preset', 'out', 'loss', 'vision', 'text', 'batch_size', 'seed', 'similarity_temperature', 'norm', 'delta', 'threshold', 'multi_positive', 'checkpoint_every', 'device', 'skip_bad', *_synthesised
+
+def _option(names): return ', '.join('PAIRS' if n == 'pairs' else '--' + n.replace('_', '-') for n in sorted(names))
 
 def _check_together(given):
     "A clear word on options that contradict each other."
-    option = lambda names: ', '.join('PAIRS' if n == 'pairs' else '--' + n.replace('_', '-') for n in sorted(names))
     if 'preset' not in given:
-        if wrong := given & set(_of_presets): raise ValueError(f'{option(wrong)} goes with --preset NAME only')
+        if wrong := given & set(_of_presets): raise ValueError(f'{_option(wrong)} goes with --preset NAME only')
         if 'pairs' not in given: raise ValueError('say what to train on: PAIRS, or --preset NAME with --data FOLDER')
         return
-    if wrong := given - set(_of_presets) - set(_of_both): raise ValueError(f'{option(wrong)} does not go with --preset' + (', whose pairs are named by --data' if 'pairs' in wrong else ''))
+    if wrong := given - set(_of_presets) - set(_of_both): raise ValueError(f'{_option(wrong)} does not go with --preset' + (', whose pairs are named by --data' if 'pairs' in wrong else ''))
     if 'data' not in given: raise ValueError('--preset needs --data: a folder, or scenes')
     if {'dry_run', 'stop_after'} <= given: raise ValueError('--dry-run looks at all stages: leave --stop-after out')
-    if 'from_scratch' in given and given & {'vision', 'text'}: raise ValueError('--from-scratch starts from no tower: leave --vision and --text out')
+    if 'from_scratch' in given and given & {'vision', 'text'} and 'regions' not in given: raise ValueError('--from-scratch starts from no tower: leave --vision and --text out')
 
-def _train_preset(name, data, out, chosen, vision, text, from_scratch, dry_run, stop_after, skip_bad):
+def _chosen(given, contrast, synthesis, run):
+    "The settings of a preset that somebody gave: what `changed` is to change."
+    keep = lambda fields: {k: v for k, v in fields.items() if (k if k != 'name' else 'loss') in given}
+    return dict(contrast=keep(contrast) | (dict(synthesis=own) if (own := keep(synthesis)) else {}), run=keep(run))
+
+def _check_synthesis(given, loss, preset):
+    "A clear word on options of a loss that is not the one chosen."
+    of_oscar, wrong = preset is not None and preset.startswith('oscar'), given & set(_synthesised)
+    loss = 'itcontrast' if of_oscar and 'loss' not in given else loss
+    if wrong and loss not in _oscar[:3]: raise ValueError(f'{_option(wrong)} goes with --loss itcontrast, mochi or synco' + (', which a preset of an ALBEF has not' if preset is not None and not of_oscar else ''))
+    if (wrong := wrong & {'strata', 'hardness_temperature'}) and loss != 'itcontrast': raise ValueError(f'{_option(wrong)} goes with --loss itcontrast')
+
+_albef, _oscar = ('srcl', 'infonce', 'albef', 'removal'), ('itcontrast', 'mochi', 'synco', 'infonce', 'srcl', 'removal', 'dcl', 'hcl', 'cyclip', 'vse', 'vse_sum')       # losses of presets, their own first
+
+def _train_preset(name, data, out, chosen, dry_run, stop_after, source):
     "Train in stages, or rehearse it; only the first of several processes speaks."
     from vlwb.presets import PRESETS, changed, in_turn, prepare, rehearse_preset, train_preset
+    from vlwb.train.matching import MatchingConfig
     from vlwb.train.processes import join_team, leave_team
     if name not in PRESETS: raise ValueError(f'there is no preset {name!r}; there are {", ".join(PRESETS)}')
-    losses = 'srcl', 'infonce', 'albef', 'removal'
-    if chosen['contrast'].get('name', 'srcl') not in losses: raise ValueError(f"a preset's --loss is one of {', '.join(losses)}, got {chosen['contrast']['name']!r}")
-    preset, skip = changed(PRESETS[name], **chosen), 'skip' if skip_bad else 'raise'
-    if dry_run: return _show_rehearsal(rehearse_preset, prepare(preset, data, vision, text, from_scratch, skip, rehearsal=True))
+    losses = _oscar if isinstance(PRESETS[name].pretrain.objective, MatchingConfig) else _albef
+    if (loss := chosen['contrast'].get('name', losses[0])) not in losses: raise ValueError(f"a preset's --loss is one of {', '.join(losses)}, got {loss!r}")
+    if losses is _oscar and 'queue_size' in chosen['contrast'] and loss not in _oscar[:3]: raise ValueError(f'--queue-size of an OSCAR goes with --loss {", ".join(_oscar[:3])}, got {loss!r}')
+    preset = changed(PRESETS[name], **chosen)
+    if dry_run: return _show_rehearsal(rehearse_preset, prepare(preset, data, rehearsal=True, **source))
     team = join_team(next(iter(preset.stages.values())).train.device)
-    ready = in_turn(team, lambda: prepare(preset, data, vision, text, from_scratch, skip))      # one makes the backbone, the others find it
+    ready = in_turn(team, lambda: prepare(preset, data, folder=out, **source))      # one makes the backbone or the regions, the others find them
+    if team is None or team.leads:
+        for note in ready.notes: typer.echo(f'Note: {note}.')
     done, found = train_preset(ready, out, stop_after)
     leave_team()
     if team is not None and not team.leads: return
@@ -211,7 +244,8 @@ def _train_preset(name, data, out, chosen, vision, text, from_scratch, dry_run, 
     if found: print_table(_figure_rows(found), f"{found['split']}, after stage {found['stage']}")
     steps = ', '.join(f'{name} for {log[-1]["step"]} steps' for name, log in done.logs.items())
     typer.echo(f'Trained {steps}. Models, logs and checkpoints are in {out}.')
-    typer.echo(f'Next: vlwb eval {out} {data}' + (' --split test' if found.get('split') == 'test' and data.split(':')[0] != 'scenes' else '') + ' --rerank 16')
+    world = data.split(':')[0] == 'scenes'
+    typer.echo(f'Next: vlwb eval {out} {"scenes" if world else data}' + (' --split test' if found.get('split') == 'test' and not world else '') + ' --rerank 16')
 
 def _figure_rows(found):
     "Rows of a table from what `retrieval_metrics` or the scenes world's judge gives."
@@ -250,7 +284,7 @@ def _show_rehearsal(rehearse_preset, ready):
     typer.echo('Nothing was trained and nothing written.' + ('' if r.problems else ' Everything fits.'))
     if r.problems: raise typer.Exit(1)
 
-# %% ../nbs/85_cli.ipynb #18c31511
+# %% ../nbs/85_cli.ipynb #1842af7f
 @app.command('eval', epilog='Example:  vlwb eval run dataset_coco.json --images coco --split test --relevance eccv --json')
 def evaluate(
     model:Annotated[Path, typer.Argument(metavar='MODEL', help='Folder written by vlwb train; of a preset the run, or one of its stages.')],
@@ -260,10 +294,12 @@ def evaluate(
     as_json:Annotated[bool, typer.Option('--json', help='Print JSON.')]=False,
     skip_bad:Skip=False,
     rerank:Annotated[int, typer.Option(min=0, help='Re-rank the first so many candidates by the matching head of a model trained with --preset; 0: not.')]=0,
+    regions:Annotated[Optional[Path], typer.Option(help="Regions of the images, for an OSCAR that was trained on a detector's: a store, a .tsv, a .pt or a folder; by itself those beside the run.")]=None,
+    region_labels:Annotated[Optional[Path], typer.Option(help='Object tags of these regions, where they are in a file of their own (.tsv or .pt).')]=None,
 ):
     "Judge a trained model: strict recall, and every known match counted."
     from vlwb.workflows import eval_pairs
-    out = eval_pairs(model, pairs, images, format, split, tuple(relevance or ()), 'skip' if skip_bad else 'raise', progress=not as_json, rerank=rerank)
+    out = eval_pairs(model, pairs, images, format, split, tuple(relevance or ()), 'skip' if skip_bad else 'raise', progress=not as_json, rerank=rerank, regions=regions, labels=region_labels)
     if as_json: return typer.echo(json.dumps(out))
     _say_skipped(out['skipped'])
     rows = [{'counting': name, 'direction': title, **{k: round(v, 2) for k, v in found[side].items() if isinstance(v, float)}}
@@ -280,10 +316,10 @@ def _beside_the_paper(pairs, out, rerank):
     ours = {'this run': out['strict']} | ({f'this run, {rerank} re-ranked': found} if (found := out.get(f'strict, first {rerank} re-ranked')) else {})
     print_table([{k: v if isinstance(v, str) else f'{v:.1f}' for k, v in row.items()} for row in results_table(ours, known).to_dict('records')], f'{known}, fine-tuned: the rows of the paper are its own, after re-ranking')
 
-# %% ../nbs/85_cli.ipynb #20ba49c1
+# %% ../nbs/85_cli.ipynb #20c160f4
 @app.command(epilog='Examples:  vlwb bench losses   |   vlwb bench retrieval   |   vlwb bench imports --json')
 def bench(
-    name:Annotated[str, typer.Argument(help='losses, rerank, retrieval, scenes or imports.')],
+    name:Annotated[str, typer.Argument(help='losses, rerank, mining, retrieval, scenes or imports.')],
     as_json:Annotated[bool, typer.Option('--json', help='Print JSON.')]=False,
     tiny:Annotated[bool, typer.Option('--tiny', help='A size for trying out; its figures mean nothing.')]=False,
 ):
@@ -293,5 +329,5 @@ def bench(
     rows = run_bench(name, tiny=tiny)
     typer.echo(to_json(rows) if as_json else as_table(rows))
 
-# %% ../nbs/85_cli.ipynb #30454fe4
+# %% ../nbs/85_cli.ipynb #32454fe4
 if __name__ == '__main__' and __package__ == 'vlwb': main()

@@ -4,28 +4,33 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'FEATURE_FILES', 'STAGES', 'InputConfig', 'main_file', 'read_set', 'fingerprint', 'read_known',
-           'image_transform', 'as_dataset', 'make_model', 'train_pairs', 'skipped', 'load_model', 'world_of',
-           'read_relevance', 'eval_pairs', 'audit_evidence', 'audit_pairs']
+           'image_transform', 'RegionConfig', 'region_names', 'region_key', 'LiveRegions', 'open_regions', 'Photos',
+           'grid_tower', 'grid_regions', 'region_set', 'as_dataset', 'make_model', 'train_pairs', 'skipped',
+           'load_model', 'world_of', 'read_relevance', 'eval_pairs', 'audit_evidence', 'audit_pairs']
 
-# %% ../nbs/83_workflows.ipynb #02e0f46d
-import hashlib, json
+# %% ../nbs/83_workflows.ipynb #02efd30e
+import hashlib, json, os, re
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from .core import DataError, config_hash, write_atomic
+from .core import DataError, config_hash, pick_device, write_atomic
 from .data.features import FeatureSet, read_features
 from .data.inputs import ImageTransform, PairDataset, WordTokenizer, load_tokenizer
 from .data.pairs import Pairs, check_images, read_pairs
+from .data.regions import RegionPairs, RegionReader, Regions, RegionStore, TsvIndex, _endings, region_inputs
 from .data.relevance import Relevance, own_captions, read_cxc, read_eccv, read_matches, union
-from .eval.rerank import encode_states, rerank_metrics, rerank_scores
+from .eval.rerank import encode_inputs, encode_states, rerank_metrics, rerank_scores
 from .eval.retrieval import coco_1k_5fold, retrieval_metrics
 from .eval.study import World, WorldSpec, build_world
 from .models.albef import AlbefModel
 from .models.dual import DualEncoder, DualEncoderConfig, from_clip, from_towers
 from .models.frozen import cached_features, load_image_encoder, load_text_encoder
-from .models.towers import TextConfig, VisionConfig
+from .models.oscar import OscarModel
+from .models.regions import GridRegions, photo_regions
+from .models.towers import TextConfig, VisionConfig, load_tower
 from .negatives.audit import Evidence, find_suspects, suspect_rows, suspect_threshold, suspects_per_batch, write_suspects
 from .train.backbone import BackboneConfig
 from .train.loop import Batches, TrainConfig
@@ -33,13 +38,13 @@ from .train.objectives import AuxFeatures, LossConfig, encode_set
 from .train.recipe import Recipe, Trained, run_recipe
 from .viz.report import Table, write_audit
 
-# %% ../nbs/83_workflows.ipynb #050b3fdb
+# %% ../nbs/83_workflows.ipynb #05bc72c9
 KINDS = 'frozen', 'tiny', 'towers', 'clip'
 
 @dataclass(frozen=True)
 class InputConfig:
     "How a set is turned into tensors and which model fits it; saved beside the model so that `eval` sees the same."
-    kind:str='frozen' # one of KINDS; 'features' for feature files, 'albef' and 'scenes' for what presets train
+    kind:str='frozen' # one of KINDS; 'features' for feature files, 'albef', 'oscar' and 'scenes' for what presets train
     vision:str|None=None # folder or name: the vision tower, or another frozen image encoder
     text:str|None=None # folder or name: the text tower, or another frozen text encoder
     clip:str|None=None # folder or name of a CLIP-like model
@@ -52,9 +57,10 @@ class InputConfig:
     logit_bias:float|None=None # where a learned bias starts, for the sigmoid loss
     transform:dict|None=None # of 'albef': the settings of its `ImageTransform` for judging
     world:dict|None=None # of 'scenes': the settings of the world and of its backbone
+    regions:dict|None=None # of 'oscar': the fields of a `RegionConfig`
 
     def __post_init__(self):
-        if self.kind not in (*KINDS, 'features', 'albef', 'scenes'): raise ValueError(f'kind must be one of {KINDS}, got {self.kind!r}')
+        if self.kind not in (*KINDS, 'features', 'albef', 'oscar', 'scenes'): raise ValueError(f'kind must be one of {KINDS}, got {self.kind!r}')
         if self.kind == 'towers' and not (self.vision and self.text): raise ValueError("kind 'towers' needs vision and text, each a folder or a name")
         if self.kind == 'clip' and not self.clip: raise ValueError("kind 'clip' needs clip, a folder or a name")
 
@@ -120,24 +126,180 @@ def image_transform(
     size = config.image_size or (p.crop_size if crops else p.size)
     return ImageTransform(size if isinstance(size, int) else size.get('height') or size['shortest_edge'], tuple(p.image_mean), tuple(p.image_std), squash=not crops and 'height' in (p.size or {}))
 
-# %% ../nbs/83_workflows.ipynb #072cc6ce
+# %% ../nbs/83_workflows.ipynb #08b4116f
+@dataclass(frozen=True)
+class RegionConfig:
+    "How an OSCAR sees images; saved with the run."
+    source:str='store' # 'store': regions of a detector, or your own, by image id; 'grid': the patches of a vision tower
+    vision:str|None=None # of 'grid': folder or name of the tower
+    image_size:int|None=None # of 'grid': pixels a side; the tower's own when None
+    max_regions:int=50 # kept of an image, the first in the source's order; OSCAR's number
+    tags:bool=False # whether object tags are read
+    tag_length:int=30 # tokens kept of an image's tags
+    store:str|None=None # of 'store': where the regions lie; not saved with the rest, as it may change
+    labels:str|None=None # and a file with tags of its own, likewise
+
+def region_names(
+    image_id:str, # of a set of pairs
+)->tuple[str,str,str]: # as it is, without folder and ending, COCO's number
+    "What an image may be called among regions."
+    stem = Path(image_id).stem
+    return image_id, stem, re.sub(r'^COCO_\w+?_0*(\d+)$', r'\1', stem)
+
+def region_key(
+    image_ids:list[str], # of a set of pairs
+    known, # what regions there are: has `in`
+)->Callable[[str],str]|None: # the one rule that finds most of them; None for the ids as they are
+    "How the images of a set are called among regions."
+    found = np.array([[name in known for name in region_names(i)] for i in image_ids], bool).reshape(-1, 3).sum(0)
+    best = int(found.argmax())
+    return None if best == 0 else lambda i: region_names(i)[best]
+
+class LiveRegions:
+    "Regions that are read or made as they are asked for, with the face of a `RegionStore`."
+    def __init__(self,
+        name:str, # for messages
+        ids:Iterable[str], # of all images
+        read:Callable[[list[str]],list[Regions]], # regions of some of them
+    ):
+        self.folder, self.ids, self._read = Path(name), list(ids), read
+        self._place = {x: i for i, x in enumerate(self.ids)}
+
+    def __len__(self): return len(self.ids)
+    def __contains__(self, image_id): return image_id in self._place
+
+    find = RegionStore.find
+
+    @property
+    def region_dim(self)->int: return region_inputs(self._read(self.ids[:1])[0]).shape[1]       # D+6
+
+    def tags_at(self,
+        positions:Iterable[int], # B positions
+    )->list[list[str]|None]: # tags of each image
+        return [r.tags for i in positions for r in self._read([self.ids[i]])]
+
+    def at(self,
+        positions, # (B,) positions
+        max_regions:int|None=None, # keep this many of each image
+    )->tuple[Tensor,Tensor]: # (B,R,D+6) float32 as float16 holds it, like a store's; (B,R) bool
+        "The regions of a batch of images, padded."
+        which, back = np.unique(np.asarray(positions, np.int64), return_inverse=True)
+        rows = [region_inputs(r)[:max_regions].half().float() for r in self._read([self.ids[i] for i in which])]
+        mask = torch.arange(max(map(len, rows), default=0)) < torch.tensor([len(r) for r in rows])[:,None]
+        whole = torch.zeros(*mask.shape, max((r.shape[1] for r in rows), default=6))
+        for i, r in enumerate(rows):
+            if len(r): whole[i,:len(r)] = r
+        return whole[back], mask[back]
+
+# %% ../nbs/83_workflows.ipynb #09d1c11c
+def open_regions(
+    source:str|Path, # a store, a .tsv, a .pt, or a folder with a file an image
+    labels:str|Path|None=None, # a .tsv or .pt with the objects of each image, for their tags
+)->RegionStore|LiveRegions: # by image id
+    "Regions from any form, without a pass over them. `DataError` where there are none."
+    path = Path(source)
+    if (path/'store.json').is_file():
+        if labels is not None: raise ValueError(f'{path} is a store and has the tags it was written with: leave labels out')
+        return RegionStore(path)
+    reader = RegionReader(path, labels)
+    if reader.tensors: kept = dict(reader); ids, read = kept, kept.__getitem__
+    elif reader.folder: ids, read = sorted(Path(e.name).stem for e in os.scandir(path) if e.name.endswith(_endings)), reader.__getitem__
+    else: reader.index = TsvIndex(path); ids, read = reader.index.rows, reader.__getitem__
+    ids = [i for i in ids if i not in ('image_id', 'img_id')]                     # a TSV's heading
+    if not ids: raise DataError(f'{path} holds no regions: give a store, a .tsv, a .pt, or a folder of .npy, .npz or .pt files')
+    return LiveRegions(path.name, ids, lambda wanted: [read(i) for i in wanted])
+
+def _images(pairs):
+    if pairs.images is None: raise DataError(f'{pairs.source}: these pairs have no images; say where they are (images=FOLDER)')
+    return pairs.images
+
+class Photos:
+    "The images of several sets, each id once, as `photo_regions` reads them. `DataError` when an id stands for two files."
+    def __init__(self,
+        sets:Iterable[Pairs], # with images
+    ):
+        self.places = {}
+        for pairs in sets:
+            images = _images(pairs)
+            for i, image_id in enumerate(pairs.image_ids):
+                before, at = self.places.setdefault(image_id, (pairs, i))
+                if before is pairs: continue
+                there, here = before.images[at], images[i]
+                if isinstance(there, Path) and there != here: raise DataError(f'image {image_id} is {there} in {before.source} and {here} in {pairs.source}: regions are kept by id; give one of them another name')
+        self.image_ids = list(self.places)
+
+    @property
+    def num_images(self)->int: return len(self.places)
+
+    def load_image(self, i:int): return self.places[self.image_ids[i]][0].load_image(self.places[self.image_ids[i]][1])
+
+    def some(self,
+        ids:list[str], # of some images
+    )->'Photos': # those
+        few = Photos([]); few.places = {i: self.places[i] for i in ids}; few.image_ids = list(ids)
+        return few
+
+def grid_tower(
+    config:RegionConfig, # of source 'grid'
+    device:str|torch.device='auto', # where it runs
+)->tuple[GridRegions,ImageTransform]: # frozen, in evaluation mode; whole images at its size
+    "The vision tower that makes regions of photos, and how it sees them."
+    from transformers import AutoConfig
+    try: settings = AutoConfig.from_pretrained(str(config.vision), local_files_only=Path(config.vision).is_dir())
+    except (OSError, ValueError) as e: raise DataError(f'{config.vision}: no vision tower could be loaded ({str(e).splitlines()[0]}); name a local folder') from e
+    tower = load_tower(str(config.vision), part='vision' if hasattr(settings, 'vision_config') else None)
+    own = getattr(tower.model.config, 'image_size', None)
+    own = own if isinstance(own, int) else None
+    seen = replace(image_transform(InputConfig(vision=config.vision, image_size=config.image_size or own)), squash=True)
+    return GridRegions(tower.requires_grad_(False), interpolate=own not in (None, seen.size)).eval().to(pick_device(str(device))), seen
+
+def grid_regions(
+    sets:Iterable[Pairs], # with images
+    config:RegionConfig, # of source 'grid'
+    device:str|torch.device='auto', # where the tower runs
+)->LiveRegions: # of all images
+    "Regions of photos without a detector, made as they are asked for."
+    photos, (grid, seen) = Photos(sets), grid_tower(config, device)
+    return LiveRegions(f'grid of {Path(config.vision).name}', photos.image_ids, lambda ids: [r for _, r in photo_regions(photos.some(ids), grid, seen)])
+
+def region_set(
+    pairs:Pairs, # captions and image ids
+    config:RegionConfig, # how many regions, whether tags
+    tokenizer, # of captions and tags
+    store:RegionStore|LiveRegions, # regions of every image
+)->RegionPairs: # for training and judging
+    "Captions with the regions of their images, by whichever name these go."
+    made = RegionPairs(pairs, store, tokenizer, config.max_regions, config.tags, config.tag_length, region_key(pairs.image_ids, store))
+    made.tokenizer = tokenizer                                                     # the dry run counts what it cuts
+    return made
+
+# %% ../nbs/83_workflows.ipynb #133ff712
 def as_dataset(
     data:Pairs|FeatureSet, # from `read_set`
     config:InputConfig, # how it is seen
     tokenizer=None, # a saved one; made or loaded when None
-): # PairDataset or FeatureSet
+): # PairDataset, RegionPairs or FeatureSet
     "The set as tensors: what batches are cut from."
     if isinstance(data, FeatureSet):
         if data.image_features is None or data.text_features is None: raise DataError(f'{data.source}: training and judging need features of images and of captions; the file has one side')
         return data.normalised()
     if config.kind == 'scenes': raise DataError(f"{data.source}: this model was trained in the scenes world and sees nothing else; judge it there by the name 'scenes'")
     if config.kind == 'features': raise DataError(f'{data.source}: this model was trained on features; give it a feature file made in the same way')
+    if config.kind == 'oscar': return _region_set(data, RegionConfig(**config.regions), tokenizer)
     if config.kind == 'frozen':
         images = cached_features(load_image_encoder(config.vision or 'efficientnet-lite0'), _images(data))
         texts = cached_features(load_text_encoder(config.text or 'minilm'), data.captions)
         return FeatureSet(images, texts, data.caption_image, data.image_ids, data.caption_ids, data.captions)
     if tokenizer is None: tokenizer = WordTokenizer.learn(data.captions) if config.kind == 'tiny' else _checkpoint_tokenizer(config.clip or config.text)
     return PairDataset(data, tokenizer, image_transform(config))
+
+def _region_set(data, config, tokenizer):
+    "A set for an OSCAR; a grid's regions are made anew from its images, as an id may stand for another photo elsewhere."
+    if config.source == 'grid': return region_set(data, config, tokenizer, grid_regions([data], config))
+    if config.store is None: raise DataError(f'{data.source}: this model reads regions of images; say where they are (--regions: a store, a .tsv, a .pt or a folder)')
+    found = region_set(data, config, tokenizer, open_regions(config.store, config.labels))
+    if config.tags and not found.tag_mask.any(): raise DataError(f'{config.store}: this model reads object tags and there are none; name the file that has them (--region-labels)')
+    return found
 
 def _checkpoint_tokenizer(source):
     "A checkpoint's tokeniser, padded as the model was trained."
@@ -148,10 +310,6 @@ def _checkpoint_tokenizer(source):
     tokenizer.full_length = settings.model_type.startswith('siglip')
     tokenizer.max_length = limit if tokenizer.full_length and limit else min(tokenizer.max_length, limit or tokenizer.max_length)
     return tokenizer
-
-def _images(pairs):
-    if pairs.images is None: raise DataError(f'{pairs.source}: these pairs have no images; say where they are (images=FOLDER)')
-    return pairs.images
 
 def make_model(
     dataset, # from `as_dataset`
@@ -168,7 +326,7 @@ def make_model(
     else: specs = tuple(dict(features=f.shape[1], hidden=c.hidden) for f in (dataset.image_features, dataset.text_features))
     return DualEncoder(DualEncoderConfig(*specs, projection_dim=c.projection_dim, logit_scale=c.logit_scale, logit_bias=c.logit_bias))
 
-# %% ../nbs/83_workflows.ipynb #09edae1f
+# %% ../nbs/83_workflows.ipynb #15edae1f
 def train_pairs(
     source:str|Path, # pairs or features
     out:str|Path, # the run's folder
@@ -202,19 +360,19 @@ def train_pairs(
     write_atomic(Path(out)/'vlwb.json', json.dumps(dict(inputs=asdict(config), recipe=asdict(recipe), set=str(Path(source).name), skipped=skipped(data)), indent=2))
     return trained
 
-# %% ../nbs/83_workflows.ipynb #100c08d0
+# %% ../nbs/83_workflows.ipynb #160c08d0
 def skipped(
     data:Pairs|FeatureSet, # a set that was read
 )->list[str]: # a message for each row or image left out
     "What a reader left out."
     return list(getattr(getattr(data, 'problems', None), 'messages', []))
 
-# %% ../nbs/83_workflows.ipynb #12f5b4a8
+# %% ../nbs/83_workflows.ipynb #18622ced
 STAGES = 'finetune', 'pretrain', 'aux'        # of a preset, the last first
 
 def load_model(
     folder:str|Path, # written by `train_pairs` or by a preset
-)->tuple[DualEncoder|AlbefModel,InputConfig,object]: # model, how it sees data, its tokeniser where it has one
+)->tuple[DualEncoder|AlbefModel|OscarModel,InputConfig,object]: # model, how it sees data, its tokeniser where it has one
     "A trained model with everything that belongs to it."
     folder = Path(folder)
     run = next((f for f in (folder, *folder.resolve().parents[:2]) if (f/'vlwb.json').exists()), None)
@@ -226,8 +384,11 @@ def load_model(
     places = [run/stage/'model' for stage in STAGES] if run == folder else [folder, folder/'model']
     place = next((f for f in places if (f/'model.safetensors').exists()), None)
     if place is None: raise DataError(f'{folder}: no stage is finished yet; start the same command again and it goes on')
-    model = AlbefModel.from_pretrained(place)
-    return model, replace(config, image_size=model.vision.config.image_size), tokens
+    if 'region_dim' not in json.loads((place/'config.json').read_text()):
+        model = AlbefModel.from_pretrained(place)
+        return model, replace(config, image_size=model.vision.config.image_size), tokens
+    if config.kind == 'oscar': config = replace(config, regions=config.regions | dict(store=str(run/'regions') if (run/'regions').exists() else record.get('store')))
+    return OscarModel.from_pretrained(place), config, tokens
 
 def world_of(
     config:InputConfig, # of kind 'scenes'
@@ -250,7 +411,7 @@ def read_relevance(
     if path.suffix in ('.tsv', '.csv'): return read_cxc(path, pairs, on_error=on_error)
     return read_known(path, pairs, split, on_error)
 
-# %% ../nbs/83_workflows.ipynb #14932c30
+# %% ../nbs/83_workflows.ipynb #20b86b60
 def eval_pairs(
     model:str|Path, # folder written by `train_pairs` or by a preset
     source:str|Path, # pairs or features to judge on; 'scenes' for the scenes world that a model was trained in
@@ -261,10 +422,13 @@ def eval_pairs(
     on_error:str='raise', # or 'skip'
     progress:bool=True, # show the bars
     rerank:int=0, # candidates of each query that the matching head re-ranks; 0 leaves it out
+    regions:str|Path|None=None, # regions of the images, for a model that reads a detector's: a store, a .tsv, a .pt or a folder; those of its run when None
+    labels:str|Path|None=None, # tags of these images, where they are in a file of their own
 )->dict: # 'strict', and with relevance 'all matches': retrieval figures both ways; with rerank both again; sizes
     "Judge a trained model by strict recall and, where known, by all matches."
     encoder, config, tokenizer = load_model(model)
-    if rerank and not isinstance(encoder, AlbefModel): raise ValueError(f'{model}: re-ranking needs a model with a fusion encoder, as vlwb train --preset trains one')
+    if rerank and not hasattr(encoder, 'match_logits'): raise ValueError(f'{model}: re-ranking needs a model with a fusion encoder or a joint pass, as vlwb train --preset trains one')
+    if regions is not None or labels is not None: config = _with_regions(config, regions, labels)
     dataset, truths, out = _to_judge(config, tokenizer, source, images, format, split, relevance, on_error)
     states = _states(encoder, dataset, progress) if rerank else None
     f = encode_set(encoder, dataset, progress=progress) if states is None else AuxFeatures(states.image_features, states.text_features)
@@ -276,13 +440,21 @@ def eval_pairs(
         for name, truth in truths.items(): out[f'{name}, first {rerank} re-ranked'] = rerank_metrics(candidates, f.images, f.texts, truth, (rerank,))[rerank]
     return out
 
+def _with_regions(config, regions, labels):
+    "Other regions than those of the run."
+    if config.kind != 'oscar' or config.regions['source'] == 'grid': raise ValueError('regions are for a model that was trained on those of a detector' + ('; this one makes its own from the images' if config.kind == 'oscar' else ''))
+    if regions is None: raise ValueError('labels are the tags of regions: give both')
+    return replace(config, regions=config.regions | dict(store=str(regions), labels=labels and str(labels)))
+
 def _to_judge(config, tokenizer, source, images, format, split, relevance, on_error):
     "A set, its matches by name, and what there is to say about it."
-    if str(source) == 'scenes':
+    if str(source).split(':')[0] == 'scenes':
         if config.kind != 'scenes': raise DataError('this model was not trained in the scenes world; name the pairs to judge on')
+        if str(source) not in ('scenes', f"scenes:{config.world['spec']['scenes']}"): raise DataError(f"this model was trained in the world scenes:{config.world['spec']['scenes']}, got {source}; the name 'scenes' will do")
         if relevance or images or split not in (None, 'val', 'test'): raise DataError("the scenes world knows its own matches; it has the splits 'val' and 'test'")
         judged = getattr(world_of(config), split or 'test')
         return judged.data, {'strict': judged.own, 'all matches': judged.matches}, {'skipped': [], 'further matches': int((judged.matches & ~judged.own).sum())}
+    if config.kind == 'oscar' and config.regions['source'] == 'store' and not main_file(source).is_dir(): images = False      # regions stand for them
     data = read_set(source, images, format, split, on_error)
     own, out = own_captions(data), dict(skipped=skipped(data))
     if not relevance: return as_dataset(data, config, tokenizer), dict(strict=own), out
@@ -291,12 +463,13 @@ def _to_judge(config, tokenizer, source, images, format, split, relevance, on_er
     return as_dataset(data, config, tokenizer), {'strict': own, 'all matches': every}, out | {'further matches': int(every.matches.sum() - own.matches.sum())}
 
 def _states(encoder, dataset, progress, most=4.):
-    "Token states, those of the images in memory where they take no more than `most` GB."
+    "Token states, those of the images in memory where they take no more than `most` GB; of a model without them the inputs."
+    if isinstance(encoder, OscarModel): return encode_inputs(encoder, dataset, progress=progress)
     v = encoder.vision.config
     gigabytes = 4 * dataset.num_images * (1 + (v.image_size // v.patch_size)**2) * v.hidden_size / 2**30
     return encode_states(encoder, dataset, keep_images=gigabytes <= most, progress=progress)
 
-# %% ../nbs/83_workflows.ipynb #164e784a
+# %% ../nbs/83_workflows.ipynb #224e784a
 def audit_evidence(
     data:Pairs|FeatureSet, # the set
     text_encoder:str|None='minilm', # frozen sentence encoder; None leaves the text route out
@@ -322,7 +495,7 @@ def audit_evidence(
     if text is None and image is None: raise ValueError('the audit needs a text encoder, a dual encoder or features')
     return Evidence(data.caption_image, text, image, caption, num_images=data.num_images, pool=pool, text_weight=text_weight)
 
-# %% ../nbs/83_workflows.ipynb #17bf8633
+# %% ../nbs/83_workflows.ipynb #23bf8633
 def audit_pairs(
     source:str|Path, # pairs or features
     out:str|Path, # folder for suspects.jsonl, audit.html and summary.json

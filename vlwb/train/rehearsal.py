@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['caption_lengths', 'check_set', 'micro_batch', 'Step', 'measure_step', 'Line', 'fit_line', 'update_seconds',
-           'available_memory', 'rehearse_stage', 'Rehearsal', 'rehearse']
+           'available_memory', 'parts_of', 'held_memory', 'contrast_of', 'rehearse_stage', 'Rehearsal', 'rehearse']
 
-# %% ../../nbs/59_train.rehearsal.ipynb #021319e6
+# %% ../../nbs/59_train.rehearsal.ipynb #0210ce4d
 import copy, os, time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -17,14 +17,15 @@ import torch
 from torch import nn
 from ..core import Batch, DataError, make_generator, pick_device, seed_everything
 from ..data.inputs import epoch_order
-from ..models.albef import AlbefModel, parameter_counts, training_memory
 from .loop import TrainConfig, _forward, _precision
 from .masking import SpecialTokens
-from .pretraining import PretrainObjective
+from .matching import MatchingConfig, MatchingObjective
+from .objectives import LossConfig
+from .pretraining import PretrainConfig, PretrainObjective
 from .recipe import AuxModel
-from .stages import Preset, Stage, at_image_size
+from .stages import Preset, Stage, at_image_size, fresh_model, stage_objective
 
-# %% ../../nbs/59_train.rehearsal.ipynb #0688fffc
+# %% ../../nbs/59_train.rehearsal.ipynb #0698d381
 def caption_lengths(
     tokenizer:Callable, # a tokeniser of `data.inputs`
     captions:list[str], # any number
@@ -38,7 +39,7 @@ def caption_lengths(
 
 def check_set(
     name:str, # what the set is for
-    dataset, # PairDataset or TensorSet
+    dataset, # PairDataset, RegionPairs or TensorSet
     looked_at:int=8, # images to decode
     seed:int=0, # of the random ones
 )->tuple[dict,list[str]]: # a row of the table, what is wrong
@@ -50,12 +51,12 @@ def check_set(
     for i in spots:
         try: image = dataset.images_at([i])
         except (DataError, OSError) as e: problems.append(f'{name}: {e}'); continue
-        if not torch.isfinite(image).all(): problems.append(f'{name}: image {i} holds NaN or infinity')
+        if not all(torch.isfinite(x).all() for x in (image.values() if isinstance(image, Mapping) else [image])): problems.append(f'{name}: image {i} holds NaN or infinity')
     seconds = (time.perf_counter() - start) / len(spots)
     return dict(set=name, images=dataset.num_images, captions=len(dataset.caption_image), repeated=0 if captions is None else len(captions) - len(set(captions)), tokens=int(np.median(lengths)), longest=int(lengths.max()),
                 cut=0. if limit is None else float((lengths > limit).mean()), seconds_an_image=seconds), problems
 
-# %% ../../nbs/59_train.rehearsal.ipynb #109aa1f5
+# %% ../../nbs/59_train.rehearsal.ipynb #10eea261
 def micro_batch(
     dataset, # the stage's set
     stage:Stage, # its batch size
@@ -76,7 +77,7 @@ class Step(NamedTuple):
 
 def measure_step(
     model:nn.Module, # on its device
-    objective:PretrainObjective, # prepared
+    objective:PretrainObjective|MatchingObjective, # prepared
     batch:Batch, # a few pairs, on that device
     precision:str='auto', # as in `TrainConfig`
 )->Step: # measured
@@ -144,7 +145,34 @@ def available_memory(
     limits = [read(f'/sys/fs/cgroup/{name}').strip() for name in ('memory.max', 'memory/memory.limit_in_bytes')]
     return min([*found, *(int(x) for x in limits if x.isdigit())], default=0)
 
-# %% ../../nbs/59_train.rehearsal.ipynb #181982f3
+# %% ../../nbs/59_train.rehearsal.ipynb #1840e489
+def parts_of(
+    model:nn.Module, # any
+)->dict[str,int]: # parameters of each part, shared ones counted once, where they come first
+    "How many parameters a model has; of a BERT inside by its own parts."
+    counts = {}
+    for name, p in model.named_parameters():
+        part = '.'.join(name.split('.')[:2 if name.startswith(('text.', 'bert.')) else 1])
+        counts[part] = counts.get(part, 0) + p.numel()
+    return counts
+
+def held_memory(
+    parameters:int, # of the model
+    width:int, # D of its features
+    contrast:LossConfig|None=None, # what it is trained with; None without a contrast
+)->dict[str,int]: # bytes of each kind of state
+    "Memory of what training keeps between steps, in float32 with AdamW; activations come on top."
+    momentum, queue = (False, 0) if contrast is None else (contrast.needs_momentum, contrast.queue_size)
+    aux = width if contrast is not None and contrast.needs_aux else 0
+    return dict(parameters=4*parameters, gradients=4*parameters, moments=8*parameters, momentum_model=4*parameters*momentum, queue=queue*(8*(width + aux) + 8))
+
+def contrast_of(
+    objective:PretrainConfig|MatchingConfig, # of a stage
+)->LossConfig|None: # None where it has no weight
+    "The contrast that a stage trains with."
+    return objective.contrast if getattr(objective, 'contrast_weight', 1.) else None
+
+# %% ../../nbs/59_train.rehearsal.ipynb #215e02c5
 class _AnyView:
     "Stands in for H's looked-up features, which do not exist yet."
     def __init__(self, width): self.width = width
@@ -155,35 +183,39 @@ class _AnyView:
 def rehearse_stage(
     name:str, # of the stage
     stage:Stage, # what it is
-    model:AlbefModel, # at the stage's image size, on its device
+    model:nn.Module, # an `AlbefModel` at the stage's image size or an `OscarModel`, on its device
     dataset, # the stage's set
     special:SpecialTokens|None=None, # of the tokeniser
-    H:AlbefModel|None=None, # where H encodes each batch as it comes
+    H:nn.Module|None=None, # where H encodes each batch as it comes
     loading:float=0., # seconds to read one image
 )->tuple[dict,list[str]]: # a row for the tables: seconds and bytes; what is wrong
     "One micro-batch through a stage's objective, and what a whole one will take."
-    config, c, device, problems = stage.run(len(dataset.caption_image)), stage.objective.contrast, next(model.parameters()).device, []
-    images = len(np.unique(dataset.caption_image))
+    config, c, device, problems = stage.run(len(dataset.caption_image)), contrast_of(stage.objective), next(model.parameters()).device, []
+    images, aux, queue, width = len(np.unique(dataset.caption_image)), stage.objective.needs_aux, 0 if c is None else c.queue_size, model.config.projection_dim or model.config.width
     if images < stage.batch_size: problems.append(f'{name}: a batch of {stage.batch_size} cannot be filled from {images} images; lower the batch size')
-    if 2*c.queue_size > len(dataset.caption_image): problems.append(f'{name}: a queue of {c.queue_size} pairs is more than half of the {len(dataset.caption_image)} in the set; lower queue_size')
-    view = None if not c.needs_aux else _AnyView(model.config.projection_dim) if H is None else AuxModel(H)
-    objective = PretrainObjective(stage.objective, config.steps, special, view)
+    if 2*queue > len(dataset.caption_image): problems.append(f'{name}: a queue of {queue} pairs is more than half of the {len(dataset.caption_image)} in the set; lower queue_size')
+    objective = stage_objective(stage.objective, config.steps, special, None if not aux else _AnyView(width) if H is None else AuxModel(H))
     objective.prepare(model.train())
-    run = lambda n: measure_step(model, objective, micro_batch(dataset, stage, n).to(device), config.precision)
-    first, sizes = run(min(2, images)), (min(2, images),)
+    first, sizes, steps = _small_steps(objective, model, dataset, stage, config, images)
     if not np.isfinite(first.loss): problems.append(f'{name}: the loss of the first pairs is {first.loss}')
-    steps = [first]
-    if first.seconds < 1 and images >= 8: sizes = 4, min(24, images, stage.batch_size); steps = [min((run(n) for _ in range(2)), key=lambda s: s.seconds) for n in sizes]
-    n, pairs = sum(p.numel() for p in model.parameters()), stage.batch_size
+    n, pairs = sum(parts_of(model).values()), stage.batch_size
     seconds, kept = fit_line(sizes, [s.seconds for s in steps]), fit_line(sizes, [float(s.kept) for s in steps])
-    step = seconds.at(pairs) + pairs*loading + update_seconds(n, c.needs_momentum, device)
-    state = training_memory(model.config, c.queue_size, model.config.projection_dim if c.needs_aux else 0, c.needs_momentum)
-    looked_up = 4*model.config.projection_dim*(dataset.num_images + len(dataset.caption_image)) if c.needs_aux and H is None else 0
-    memory = state | dict(H=looked_up if H is None or not c.needs_aux else 4*n, activations=int(kept.at(pairs)))
+    step = seconds.at(pairs) + pairs*loading + update_seconds(n, c is not None and c.needs_momentum, device)
+    looked_up = 4*width*(dataset.num_images + len(dataset.caption_image)) if aux and H is None else 0
+    memory = held_memory(n, width, c) | dict(H=4*n if aux and H is not None else looked_up, activations=int(kept.at(pairs)))
     model.zero_grad(set_to_none=True)
     return dict(stage=name, pairs=len(dataset.caption_image), batch=pairs, steps=config.steps, loss=first.loss, seconds_a_step=step, seconds=step*config.steps, measured_on=sizes, memory=memory, total=sum(memory.values())), problems
 
-# %% ../../nbs/59_train.rehearsal.ipynb #24e14ded
+def _small_steps(objective, model, dataset, stage, config, images):
+    "A step of two pairs; then, where that is quick, the quicker of two at each of two sizes, else that one again: the first step, sizes, steps."
+    device = next(model.parameters()).device
+    run = lambda n: measure_step(model, objective, micro_batch(dataset, stage, n).to(device), config.precision)
+    first = run(min(2, images))
+    if first.seconds >= 1 or images < 8: return first, (min(2, images),), [first]
+    sizes = 4, min(24, images, stage.batch_size)
+    return first, sizes, [min((run(n) for _ in range(2)), key=lambda s: s.seconds) for n in sizes]
+
+# %% ../../nbs/59_train.rehearsal.ipynb #27a8d0f3
 class Rehearsal(NamedTuple):
     "What a dry run found."
     data:list[dict] # a row for each set
@@ -195,13 +227,13 @@ class Rehearsal(NamedTuple):
 def rehearse(
     preset:Preset, # what is to be trained
     sets:Callable|dict, # as for `run_stages`
-    make_model:Callable[[],AlbefModel]|None=None, # likewise
+    make_model:Callable[[],nn.Module]|None=None, # likewise
     special:SpecialTokens|None=None, # likewise
     judged=None, # the set to be judged on, where there is one
     say:Callable[[str],None]=lambda text: None, # told what is being looked at
 )->Rehearsal: # tables and problems
     "Data, shapes, parameters, memory and time of all stages, without training."
-    if make_model is None: make_model = lambda: AlbefModel(preset.model if special is None else replace(preset.model, vocab_size=special.vocab_size))
+    if make_model is None: make_model = lambda: fresh_model(preset.model, special)
     get = sets if callable(sets) else lambda role, stage: sets[role]
     data, rows, problems, model = [], [], [], None
     for name, stage in preset.stages.items():
@@ -212,13 +244,16 @@ def rehearse(
         say(f'{name}: one small step')
         seed_everything(stage.train.seed)
         model = at_image_size(make_model() if model is None else model, stage.image_size).to(pick_device(stage.train.device))
-        H = copy.deepcopy(model) if stage.objective.contrast.needs_aux and stage.augment != 'none' else None
-        try: row, wrong = rehearse_stage(name, stage, model, dataset, special, H, row['seconds_an_image'] if hasattr(dataset, 'pairs') else 0.)
+        H = copy.deepcopy(model) if stage.objective.needs_aux and stage.augment != 'none' else None
+        try: row, wrong = rehearse_stage(name, stage, model, dataset, special, H, row['seconds_an_image'] if hasattr(dataset, 'pairs') and not _kept(dataset) else 0.)
         except (ValueError, RuntimeError, IndexError) as e: problems.append(f'{name}: {e}'); continue
         rows.append(row); problems += wrong
     available = available_memory(None if model is None else next(model.parameters()).device)
     problems += [f"{r['stage']}: needs about {r['total']/2**30:.1f} GB, and {available/2**30:.1f} GB are there; lower the batch size or the queue, or share the batch among several processes" for r in rows if r['total'] > available]
-    return Rehearsal(data, {} if model is None else parameter_counts(model.config), rows, available, problems)
+    return Rehearsal(data, {} if model is None else parts_of(model), rows, available, problems)
+
+def _kept(dataset) -> bool: # regions are read or made once, before training, and then kept in a store
+    return hasattr(dataset, 'store')
 
 def _seen_before(name, dataset, judged):
     "A message where training and judging share images."
