@@ -6,7 +6,7 @@
 __all__ = ['OWN', 'TrainingData', 'read_training_data', 'changed', 'until', 'Prepared', 'prepare', 'in_turn', 'train_preset',
            'load_start', 'rehearse_preset']
 
-# %% ../nbs/84_presets.ipynb #02b26265
+# %% ../nbs/84_presets.ipynb #0261f3b1
 import hashlib, json, shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +26,7 @@ from .eval.retrieval import retrieval_metrics
 from .eval.staged import scene_sets
 from .eval.study import WorldSpec, build_world, judge
 from .models.checkpoints import albef_from_towers
+from .models.frozen import fingerprint as fingerprint_of
 from .models.oscar import OscarConfig, OscarModel, load_oscar
 from .models.regions import photo_regions
 from .train.backbone import BackboneConfig
@@ -263,7 +264,7 @@ def train_preset(
     write_atomic(out/'results.json', json.dumps(found, indent=2))
     return done, found
 
-# %% ../nbs/84_presets.ipynb #29428af0
+# %% ../nbs/84_presets.ipynb #29a4da09
 def _rows_wanted(reader, parts):
     "The regions of a file that the captions are about, by any of the names that they may go by."
     wanted = {name for p in parts for i in p.image_ids for name in region_names(i)}
@@ -286,11 +287,27 @@ def _regions(parts, config, source, on_error, rehearsal, folder, device):
     if config.source == 'grid':
         if rehearsal: return grid_regions(parts, config, device), []
         photos, (grid, seen) = Photos(parts), grid_tower(config, device)
-        about = dict(source='grid', vision=Path(config.vision).name, image_size=seen.size)
+        about = dict(source='grid', vision=Path(config.vision).name, weights=fingerprint_of(grid, asdict(seen)), image_size=seen.size, images=[fingerprint(p) for p in parts])
         return _write_regions(folder, about, lambda: tqdm(photo_regions(photos, grid, seen), 'regions of a grid', photos.num_images, disable=None)), []
     if rehearsal or (Path(source)/'store.json').is_file(): return open_regions(source, config.labels), []
-    reader, about = RegionReader(source, config.labels, on_error=on_error), dict(source=Path(source).name, labels=config.labels and Path(config.labels).name)
+    reader, about = RegionReader(source, config.labels, on_error=on_error), dict(source=Path(source).name, content=_content(source), labels=config.labels and _content(config.labels), images=[fingerprint(p) for p in parts])
     return _write_regions(folder, about, lambda: tqdm(_rows_wanted(reader, parts), 'regions', disable=None)), reader.problems.messages
+
+def _any_tags(store, most=512):
+    "Whether any of up to so many images, from all over the store, has object tags."
+    return any(any(store.tags_at([int(i)])) for i in np.unique(np.linspace(0, len(store) - 1, min(most, len(store)), dtype=np.int64)))
+
+def _content(path, ends=2**20):
+    "A name for what a file or a folder holds: of a folder names and sizes, of a file its size and both ends."
+    path, digest = Path(path), hashlib.sha256()
+    if path.is_dir():
+        for file in sorted(p for p in path.rglob('*') if p.is_file()): digest.update(f'{file.relative_to(path)} {file.stat().st_size};'.encode())
+        return digest.hexdigest()[:16]
+    size = path.stat().st_size
+    digest.update(f'{size};'.encode())
+    with open(path, 'rb') as f:
+        digest.update(f.read(ends)); f.seek(max(0, size - ends)); digest.update(f.read(ends))
+    return digest.hexdigest()[:16]
 
 def _only_with_regions(data, store):
     "The data without the images that have no regions; a message for each."
@@ -302,7 +319,7 @@ def _only_with_regions(data, store):
         made[id(part)] = part if there.all() else part.select(images=there)
     return TrainingData(*(p and made[id(p)] for p in data)), said
 
-# %% ../nbs/84_presets.ipynb #31aef473
+# %% ../nbs/84_presets.ipynb #313cd388
 OWN = 'pooling', 'tags_with', 'temperature', 'learn_scale', 'max_scale', 'logit_bias'        # what a preset decides and no checkpoint
 
 def _is_run(start):
@@ -335,7 +352,8 @@ def load_start(
 )->tuple[OscarModel,tuple[str,...]]: # model, and names of the tensors that start fresh
     "The model that a training starts from. `DataError` when data and checkpoint do not fit."
     fresh, folder = (), Path(start)
-    settings = json.loads((folder/'config.json').read_text()) if (folder/'config.json').is_file() else {}
+    try: settings = json.loads((folder/'config.json').read_text()) if (folder/'config.json').is_file() else {}
+    except ValueError as e: raise DataError(f'{folder}/config.json is no whole JSON file ({e})') from e
     if _is_run(start): model = load_model(start)[0]
     elif 'region_dim' in settings: model = OscarModel.from_pretrained(folder)
     else:
@@ -348,7 +366,7 @@ def load_start(
     if len(tokenizer) > model.config.vocab_size: raise DataError(f'{start}: its vocabulary has {model.config.vocab_size} tokens and the tokeniser {len(tokenizer)}; name its own (--text)')
     return model, fresh
 
-# %% ../nbs/84_presets.ipynb #32327254
+# %% ../nbs/84_presets.ipynb #32dae0d1
 def _check_oscar(preset, regions, vision, start, from_scratch, rehearsal):
     "A clear word on what is missing or contradicts itself."
     if preset.model.grid_side: raise ValueError(f'{preset.name} sees the scenes world through its frozen backbone: use --data scenes, or the preset oscar-tiny for regions of pictures')
@@ -367,7 +385,7 @@ def _prepare_oscar(preset, source, vision, text, from_scratch, on_error, rehears
     store, left_out = _regions(list({id(p): p for p in data if p is not None}.values()), config, regions, on_error, rehearsal, folder, next(iter(preset.stages.values())).train.device)
     if on_error == 'skip': data, more = _only_with_regions(data, store); left_out = [*left_out, *more]
     outside = isinstance(store, RegionStore) and not grid and store.folder.resolve() == Path(regions).resolve()
-    config = replace(config, store=str(store.folder.resolve()) if outside else None, labels=None, tags=labels is not None or any(store.tags_at(range(min(8, len(store))))),
+    config = replace(config, store=str(store.folder.resolve()) if outside else None, labels=None, tags=labels is not None or _any_tags(store),
                      max_regions=store.at([0])[1].shape[1] if grid else config.max_regions)
     tokenizer, model, notes, make_model = _oscar_model(preset, data, store, config, text, start, stands_in=start is None and not from_scratch)
     if start is None and not from_scratch: notes.append('no checkpoint is named (--start): fresh weights of its sizes and a vocabulary of the words stand in')

@@ -126,7 +126,7 @@ def image_transform(
     size = config.image_size or (p.crop_size if crops else p.size)
     return ImageTransform(size if isinstance(size, int) else size.get('height') or size['shortest_edge'], tuple(p.image_mean), tuple(p.image_std), squash=not crops and 'height' in (p.size or {}))
 
-# %% ../nbs/83_workflows.ipynb #08b4116f
+# %% ../nbs/83_workflows.ipynb #088681ae
 @dataclass(frozen=True)
 class RegionConfig:
     "How an OSCAR sees images; saved with the run."
@@ -185,6 +185,8 @@ class LiveRegions:
         "The regions of a batch of images, padded."
         which, back = np.unique(np.asarray(positions, np.int64), return_inverse=True)
         rows = [region_inputs(r)[:max_regions].half().float() for r in self._read([self.ids[i] for i in which])]
+        for i, r in zip(which, rows):
+            if not r.isfinite().all(): raise DataError(f'the regions of image {self.ids[i]} hold NaN, or numbers beyond what float16 holds (65,504); scale or clean them')
         mask = torch.arange(max(map(len, rows), default=0)) < torch.tensor([len(r) for r in rows])[:,None]
         whole = torch.zeros(*mask.shape, max((r.shape[1] for r in rows), default=6))
         for i, r in enumerate(rows):

@@ -66,7 +66,7 @@ class HardCaptions:
         if self.files is None: raise ValueError(f'{self.source}: these rows were read without images; read them again with images=FOLDER')
         return open_image(self.files[i], f'{self.source}, {self.files[i].name}')
 
-# %% ../../nbs/17_data.hard.ipynb #07de7a69
+# %% ../../nbs/17_data.hard.ipynb #07fbe592
 def _kind(name, where):
     "The kind that a file or a row names."
     kind = re.sub(r'_ent$', '_obj', str(name))
@@ -86,8 +86,8 @@ def _image_of(row):
     "Id and file name of a row's image; None for what it does not say."
     file, image_id = row.get('file'), row.get('image_id')
     if image_id is None and isinstance(file, str):
-        number = re.search(r'(\d+)\.\w+$', file)
-        image_id = int(number[1]) if number else Path(file).stem
+        number = re.fullmatch(r'\d+|.*_(\d{12})', stem := Path(file).stem)        # 000000000042, COCO_val2014_000000000042; cat1 is a name
+        image_id = int(number[1] or stem) if number else stem
     if file is None and isinstance(image_id, int): file = f'{image_id:012d}.jpg'
     return None if image_id is None else str(image_id), file if isinstance(file, str) else None
 

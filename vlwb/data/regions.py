@@ -19,7 +19,7 @@ from torch import Tensor
 from ..core import Batch, DataError, Problems, inside
 from .pairs import Pairs, read_json
 
-# %% ../../nbs/15_data.regions.ipynb #06540af2
+# %% ../../nbs/15_data.regions.ipynb #0637dac3
 def box_geometry(
     boxes:Tensor, # (...,4) x1, y1, x2, y2 in pixels
     width:float, # of the image, in pixels
@@ -27,6 +27,7 @@ def box_geometry(
 )->Tensor: # (...,6) x1/W, y1/H, x2/W, y2/H, w/W, h/H
     "The box of a region in six shares of its image (OSCAR, section 3.1)."
     if not boxes.ndim or boxes.shape[-1] != 4: raise ValueError(f'boxes must be (...,4), got {tuple(boxes.shape)}')
+    boxes = boxes if boxes.is_floating_point() else boxes.float()
     corners = boxes/boxes.new_tensor([width, height, width, height])
     return torch.cat([corners, corners[...,2:] - corners[...,:2]], -1)
 

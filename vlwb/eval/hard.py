@@ -47,7 +47,7 @@ def wilson(
     middle, half = (right + z*z/2) / (count + z*z), z / (count + z*z) * math.sqrt(right*(count - right)/count + z*z/4)
     return (0. if right == 0 else middle - half), (1. if right == count else middle + half)
 
-# %% ../../nbs/63_eval.hard.ipynb #102c503a
+# %% ../../nbs/63_eval.hard.ipynb #1011d0cf
 def cluster_weights(
     clusters, # (K,) which photo, scene or other cluster each row belongs to
     resamples:int=2000, # R, draws
@@ -58,17 +58,20 @@ def cluster_weights(
     count = int(cluster.max()) + 1
     return cluster.reshape(-1), np.random.default_rng(seed).multinomial(count, np.full(count, 1/count), size=resamples)
 
-def _cluster_interval(scores, cluster, weights, level):
-    "Ends of the interval of a mean over rows, and the shares that were drawn."
+def _drawn(scores, cluster, weights):
+    "(R,) shares of the draws, NaN where one holds no row; sums and rows of each cluster."
     size = weights.shape[1]
     sums, counts = np.bincount(cluster, scores, size), np.bincount(cluster, minlength=size)
-    there = counts > 0
-    with np.errstate(invalid='ignore'): drawn = (weights @ sums) / (weights @ counts)
-    drawn = drawn[~np.isnan(drawn)]                                      # a draw may hold no row of a rare kind
+    with np.errstate(invalid='ignore'): return (weights @ sums) / (weights @ counts), sums, counts
+
+def _cluster_interval(scores, cluster, weights, level):
+    "Ends of the interval of a mean over rows."
+    drawn, sums, counts = _drawn(scores, cluster, weights)
+    there, drawn = counts > 0, drawn[~np.isnan(drawn)]                   # a draw may hold no row of a rare kind
     if np.ptp(sums[there] / counts[there]) == 0: return wilson(float(sums.sum() / counts.sum() * there.sum()), int(there.sum()), level)
     return tuple(float(x) for x in np.quantile(drawn, [(1 - level)/2, (1 + level)/2]))
 
-# %% ../../nbs/63_eval.hard.ipynb #1167ba99
+# %% ../../nbs/63_eval.hard.ipynb #11fbeaae
 def by_kind(
     scores, # (K,) 1 where the model is right, 0.5 where it ties, 0 where it is wrong
     kinds, # (K,) kind of change of each row
@@ -89,15 +92,20 @@ def by_kind(
         ends = wilson(float(scores[rows].sum()), int(rows.sum()), level) if clusters is None else _cluster_interval(scores[rows], cluster[rows], weights, level)
         return Score(float(scores[rows].mean()), *ends, int(rows.sum()))
     out = {str(kind): score(kinds == kind) for kind in np.unique(kinds)}
-    return out | dict(mean=_mean_of(list(out.values())), all=score(np.ones(len(scores), bool)))
+    mean = _mean_of(list(out.values()))
+    if clusters is not None:                                             # kinds share clusters: their means are drawn together
+        drawn = np.stack([_drawn(scores[rows], cluster[rows], weights)[0] for kind in out for rows in [kinds == kind]])
+        drawn = drawn[:,~np.isnan(drawn).any(0)].mean(0)
+        if len(drawn) and np.ptp(drawn) > 0: mean = mean._replace(**dict(zip(('low', 'high'), (float(x) for x in np.quantile(drawn, [(1 - level)/2, (1 + level)/2])))))
+    return out | dict(mean=mean, all=score(np.ones(len(scores), bool)))
 
 def _mean_of(parts):
-    "Mean over kinds; its interval from theirs, taken as independent (Zou and Donner, 2008)."
+    "Mean over kinds; its interval from theirs, independent as rows without clusters are (Zou and Donner, 2008)."
     mean = sum(s.accuracy for s in parts) / len(parts)
     low, high = (math.sqrt(sum((s.accuracy - getattr(s, end))**2 for s in parts)) / len(parts) for end in ('low', 'high'))
     return Score(mean, mean - low, mean + high, sum(s.count for s in parts))
 
-# %% ../../nbs/63_eval.hard.ipynb #15db43c3
+# %% ../../nbs/63_eval.hard.ipynb #15ccb998
 def compare(
     right:Tensor, # (K,) scores of what is true
     wrong:Tensor, # (K,) scores of what is not
@@ -128,6 +136,7 @@ def hard_accuracy(
 )->dict[str,Score]: # as `by_kind`
     "How often an image is closer to its caption than to the hard negative."
     images, texts, hard = _rows(images=images, texts=texts, hard=hard)
+    if not len(images): raise ValueError('there are no rows to judge')
     tolerance = score_tolerance(images, torch.cat([texts, hard]))
     return by_kind(compare((images*texts).sum(1), (images*hard).sum(1), 2*tolerance), kinds, clusters, level=level, seed=seed)
 
@@ -191,7 +200,7 @@ def mirrored(
     drawn = torch.rand(fits.shape, generator=make_generator(seed)).numpy() * fits
     return np.where(fits.any(0), drawn.argmax(0), -1)
 
-# %% ../../nbs/63_eval.hard.ipynb #3102f502
+# %% ../../nbs/63_eval.hard.ipynb #311158b9
 def mirror_accuracy(
     images:Tensor, # (K,D) unit norm, of the scene the caption was written for
     mirrors:Tensor, # (K,D) of the scene the hard negative is true of
@@ -203,7 +212,7 @@ def mirror_accuracy(
     level:float=0.95, # of the intervals
     seed:int=0, # of the draws, with clusters
 )->dict[str,dict[str,Score]]: # 'images' and 'group', each as `by_kind`
-    "Two images and one caption, and all four comparisons at once (Winoground's image and group scores)."
+    "Two images and one caption ('images': the caption's side alone), and all four comparisons at once ('group', Winoground's group score)."
     v, w, t, u = _rows(images=images, mirrors=mirrors, texts=texts, hard=hard)
     tolerance = 2*score_tolerance(torch.cat([v, w]), torch.cat([t, u]))
     vt, vu, wt, wu = ((a*b).sum(1) for a in (v, w) for b in (t, u))

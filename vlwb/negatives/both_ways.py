@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Suspicion', 'BothWays', 'synthesise_both_ways', 'synthesis_stats']
 
-# %% ../../nbs/36_negatives.both_ways.ipynb #0277605a
+# %% ../../nbs/36_negatives.both_ways.ipynb #02d849e5
+import math
 from dataclasses import dataclass, field
 import torch
 from torch import Tensor
@@ -42,13 +43,14 @@ class Suspicion:
         view = None if seen is None or self.alpha == 0 else similarity_matrix(seen, unseen)
         return regulation_log_weights(similarity.detach(), view, alpha=self.alpha, delta=self.delta, similarity_temperature=self.similarity_temperature, norm=self.norm, positives=positives)
 
-# %% ../../nbs/36_negatives.both_ways.ipynb #074999ec
+# %% ../../nbs/36_negatives.both_ways.ipynb #07f2569e
 @dataclass(frozen=True, eq=False)
 class BothWays:
     "Synthetic negatives of a batch."
     of_images:Synthetic # (N,S): synthetic texts, for the images of this process
     of_texts:Synthetic # (N,S): synthetic images, for its texts
     candidates:tuple[Tensor,Tensor]=field(repr=False) # (C,) image ids behind the texts and the images that `parents` point at
+    gated:Tensor # (2,) int64, negatives that the gate left out, and negatives looked at, of both directions
 
     @property
     def arguments(self)->dict[str,Tensor]: # for `losses.itcontrast`
@@ -69,30 +71,36 @@ def synthesise_both_ways(
     group:ProcessGroup|None=None, # processes that share the batch
 )->BothWays: # what each anchor of this process gets
     "Synthetic negatives for the images and for the texts of a batch; a share of a batch gets what it would get in the whole."
+    if image_features.shape != text_features.shape or not isinstance(image_ids, Tensor) or image_ids.shape != image_features.shape[:1]:
+        raise ValueError(f'image_features and text_features must be (N,D) alike, one text for each image, and image_ids a tensor (N,); got {tuple(image_features.shape)}, {tuple(text_features.shape)} and {tuple(image_ids.shape) if isinstance(image_ids, Tensor) else type(image_ids).__name__}')
+    if queue and not {'image_queue', 'text_queue', 'queue_ids'} <= queue.keys(): raise ValueError(f'queue needs image_queue, text_queue and queue_ids, got {sorted(queue)}')
     start, stop, every = row_range(len(image_features), group)
     needed, queue = draws_needed(config, image_features.shape[1]), queue or {}
     ids = torch.cat([gather_rows(image_ids, group), *([queue['queue_ids'].to(image_ids.device)] if queue else [])])
     views = (None, None, None, None) if suspicion is None else (suspicion.image_view, suspicion.text_view, suspicion.image_queue_view, suspicion.text_queue_view)
     sides = (image_features, text_features, 'text_queue', views[0], views[1], views[3]), (text_features, image_features, 'image_queue', views[1], views[0], views[2])
-    out = []
+    out, gated = [], torch.zeros(2, dtype=torch.int64, device=image_features.device)
     for stream, (anchors, others, name, seen, unseen, remembered) in enumerate(sides):
         candidates = _under(gather_rows(others, group), queue.get(name))
-        known = same_ids(image_ids, ids)
+        draws = anchor_draws(every, needed, seed, step, stream=stream, start=start, stop=stop) if needed else torch.zeros(len(anchors), 0, dtype=torch.float64)
+        if positives is None and suspicion is None:                    # ids say it all: no mask of N x C
+            out.append(synthesise(anchors, candidates, None, config, anchor_ids=image_ids, negative_ids=ids, draws=draws))
+            continue
+        known, weights = same_ids(image_ids, ids), None
         if positives is not None: known[:,:every] |= positives[stream]
-        weights = None
         if suspicion is not None:
             view = None if seen is None or suspicion.alpha == 0 else _under(gather_rows(unseen, group), remembered if queue else None)
             if view is not None and len(view) != len(candidates): raise ValueError(f'the other view is of {len(view)} candidates, the {name} makes {len(candidates)}: give image_queue_view and text_queue_view')
             weights = suspicion.log_weights(similarity_matrix(anchors.detach(), candidates.detach()), known, seen, view)
-        draws = anchor_draws(every, needed, seed, step, stream=stream, start=start, stop=stop) if needed else torch.zeros(len(anchors), 0, dtype=torch.float64)
+            if config.gate: gated += torch.stack([((weights < math.log(config.gate)) & ~known).sum(), (~known).sum()])
         out.append(synthesise(anchors, candidates, ~known, config, log_weights=weights, draws=draws))
-    return BothWays(*out, (ids, ids))
+    return BothWays(*out, (ids, ids), gated)
 
 def _under(features:Tensor, queue:Tensor|None) -> Tensor:
     "A batch's rows, and those of a queue below them."
     return features if queue is None else torch.cat([features, queue.to(features)])
 
-# %% ../../nbs/36_negatives.both_ways.ipynb #12e50315
+# %% ../../nbs/36_negatives.both_ways.ipynb #129e3591
 @torch.no_grad()
 def synthesis_stats(
     made:BothWays, # what was synthesised
@@ -100,7 +108,7 @@ def synthesis_stats(
     text_features:Tensor, # (N,D)
     false_negatives:tuple[Tensor,Tensor]|None=None, # (N,C) bool for image and for text anchors, unlabelled matches among the candidates of the batch, where the truth is known
     group:ProcessGroup|None=None, # processes that share the batch
-)->dict[str,float]: # hardness (mean cosine of the hardest negative), synthetic_hardness (of the closest synthetic), synthetic_passing (share closer than the positive), synthetic_missing, synthetic_false (share that false negatives have in the synthetics)
+)->dict[str,float]: # hardness (mean cosine of the hardest negative), synthetic_hardness (of the closest synthetic), synthetic_passing (share closer than the positive), synthetic_missing, with a gate synthetic_gated (share of the negatives it leaves out), with the truth synthetic_false (share that false negatives have in what is made of the batch)
     "What there is to log of a step's synthetics, over both directions and all processes."
     own = (image_features * text_features).sum(1).detach()
     sums = []
@@ -113,8 +121,9 @@ def synthesis_stats(
             inside = (one.parents >= 0) & (one.parents < false.shape[1])
             hit = inside & false.gather(1, one.parents.clamp(0, false.shape[1] - 1).flatten(1)).view(one.parents.shape)
             mass = one.mixing.abs()
-            row[6], row[7] = (mass * hit).sum(), mass.sum()
+            row[6], row[7] = (mass * hit).sum(), (mass * inside).sum()
         sums.append(torch.stack([torch.as_tensor(x, dtype=torch.float64, device=own.device) for x in row]))
     hardest, closest, anchors, passing, found, missing, false, mass = total(sum(sums), group).tolist()
-    out = dict(hardness=hardest / max(1, anchors), synthetic_hardness=closest / max(1, anchors), synthetic_passing=passing / max(1, found), synthetic_missing=missing / max(1, found + missing))
+    gated, looked = total(made.gated, group).tolist()
+    out = dict(hardness=hardest / max(1, anchors), synthetic_hardness=closest / max(1, anchors), synthetic_passing=passing / max(1, found), synthetic_missing=missing / max(1, found + missing)) | (dict(synthetic_gated=gated / looked) if looked else {})
     return out if false_negatives is None else out | dict(synthetic_false=false / mass if mass else 0.)

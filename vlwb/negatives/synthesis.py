@@ -18,7 +18,7 @@ from ..losses.regulation import check_mask
 from .mining import hardest
 from .sampling import uniform_noise
 
-# %% ../../nbs/35_negatives.synthesis.ipynb #060f9995
+# %% ../../nbs/35_negatives.synthesis.ipynb #064887d5
 STRATEGIES = ('itcontrast', 'mochi', 'synco')
 TYPES = ('interpolated', 'extrapolated', 'mixup', 'noisy', 'perturbed', 'adversarial') # SynCo's, 1 to 6
 
@@ -48,8 +48,11 @@ class SynthesisConfig:
     def __post_init__(self):
         shares = ('mixed_range', 'anchor_range', 'interpolation', 'mixup')
         for name in ('types', 'extrapolation', *shares): object.__setattr__(self, name, tuple(getattr(self, name)))
-        if not isinstance(self.each, int): object.__setattr__(self, 'each', tuple(self.each))
-        numbers = (self.each,)*6 if isinstance(self.each, int) else self.each
+        if isinstance(self.each, (list, tuple)): object.__setattr__(self, 'each', tuple(self.each))
+        numbers = self.each if isinstance(self.each, tuple) else (self.each,)*6
+        for name in ('hardest', 'strata', 'mixed', 'with_anchor'):
+            if not isinstance(getattr(self, name), int): raise ValueError(f'{name} must be a whole number, got {getattr(self, name)!r}')
+        if not all(isinstance(n, int) for n in numbers): raise ValueError(f'each must be one whole number or six, got {self.each}')
         if self.strategy not in STRATEGIES: raise ValueError(f'strategy must be one of {STRATEGIES}, got {self.strategy!r}')
         if not 1 <= self.strata <= self.hardest: raise ValueError(f'strata must lie between 1 and hardest, got {self.strata} and {self.hardest}')
         if not self.hardness_temperature > 0: raise ValueError(f'hardness_temperature must be positive, got {self.hardness_temperature}')

@@ -17,7 +17,7 @@ from ..losses.processes import gather_rows, row_range, total
 from .objectives import LossConfig, Objective
 from .pretraining import itm_cross_entropy, itm_negatives, itm_pairs
 
-# %% ../../nbs/57a_train.matching.ipynb #05a1adc7
+# %% ../../nbs/57a_train.matching.ipynb #05d4717f
 @dataclass(frozen=True)
 class MatchingConfig:
     "What is minimised; an ablation changes one field."
@@ -30,7 +30,7 @@ class MatchingConfig:
     seed:int=0 # of the draws
 
     def __post_init__(self):
-        if min(self.contrast_weight, self.itm_weight, self.spare_below) < 0: raise ValueError('contrast_weight, itm_weight and spare_below must not be negative')
+        if not min(self.contrast_weight, self.itm_weight, self.spare_below) >= 0: raise ValueError('contrast_weight, itm_weight and spare_below must not be negative')
         if not self.contrast_weight + self.itm_weight: raise ValueError('contrast_weight and itm_weight are both 0: nothing is minimised')
         if self.spare_below and not self.contrast_weight: raise ValueError('spare_below looks at the similarity of separate passes, which only a contrast trains: give contrast_weight')
 

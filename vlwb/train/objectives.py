@@ -30,7 +30,7 @@ from ..negatives.both_ways import Suspicion, synthesise_both_ways, synthesis_sta
 from ..negatives.synthesis import SynthesisConfig
 from ..negatives.weights import alpha_schedule, hard_removal, removal_log_weights
 
-# %% ../../nbs/52_train.objectives.ipynb #0594823b
+# %% ../../nbs/52_train.objectives.ipynb #0544c4e7
 NAMES = 'infonce', 'srcl', 'removal', 'gist', 'soft', 'dcl', 'hcl', 'cyclip', 'siglip', 'vse', 'vse_sum', 'albef', 'itcontrast', 'mochi', 'synco', 'oracle_removal', 'oracle_positives'
 CONTRASTED = 'infonce', 'srcl', 'removal', 'albef'      # that can meet momentum candidates
 SYNTHESISED = 'itcontrast', 'mochi', 'synco'            # that make negatives of their own
@@ -75,7 +75,8 @@ class LossConfig:
         if self.candidates not in ('online', 'momentum'): raise ValueError(f"candidates must be 'online' or 'momentum', got {self.candidates!r}")
         if self.candidates == 'momentum' and self.name not in CONTRASTED: raise ValueError(f'{self.name!r} has no form with momentum candidates; {CONTRASTED} have')
         if self.queue_size and not self.contrasts_momentum and self.name not in SYNTHESISED: raise ValueError(f"queue_size {self.queue_size} needs candidates='momentum'")
-        if min(self.synthetic_weight, self.intra_weight) < 0: raise ValueError(f'synthetic_weight and intra_weight must be at least 0, got {self.synthetic_weight} and {self.intra_weight}')
+        if self.queue_size < 0: raise ValueError(f'queue_size must be at least 0, got {self.queue_size}')
+        if not (self.synthetic_weight >= 0 and self.intra_weight >= 0): raise ValueError(f'synthetic_weight and intra_weight must be at least 0, got {self.synthetic_weight} and {self.intra_weight}')
 
     @property
     def trusts(self)->bool: # True when the weights trust another view at any step
@@ -141,7 +142,7 @@ def encode_set(
     model.train(was_training)
     return AuxFeatures(images.clone(), texts.clone())
 
-# %% ../../nbs/52_train.objectives.ipynb #095dfa79
+# %% ../../nbs/52_train.objectives.ipynb #093c2826
 class Objective:
     "The function `(model, batch, step) -> (loss, stats)` that a `LossConfig` describes."
     def __init__(self,
@@ -299,16 +300,21 @@ class Objective:
         names = ('image_queue', 'text_queue') if c.view == 'momentum' else ('aux_image_queue', 'aux_text_queue')
         remembered = {f'aux_{side}_queue': alike(entries[name], images) for side, name in zip(('image', 'text'), names)} if seen and entries else {}
         suspicion = None
-        if c.weighs: suspicion = Suspicion(**settings, image_view=images, text_view=texts, image_queue_view=remembered.get('aux_image_queue'), text_queue_view=remembered.get('aux_text_queue'))
-        known = self.truth if c.gate_by == 'truth' else self.known
-        both = None if known is None else (self.look_up(known, batch), self._texts_matches(known, batch))
+        if c.synthesis.gate > 0: suspicion = Suspicion(**settings, image_view=images, text_view=texts, image_queue_view=remembered.get('aux_image_queue'), text_queue_view=remembered.get('aux_text_queue'))
+        known = [m for m in (self.known, self.truth if c.gate_by == 'truth' else None) if m is not None]
+        both = None if not known else tuple(torch.stack([look(m, batch) for m in known]).any(0) for look in (self.look_up, self._texts_matches))
         made = synthesise_both_ways(*own[:2], batch.image_ids, replace(c.synthesis, strategy=c.name), queue=queue, positives=both, suspicion=suspicion, seed=c.seed, step=step, group=self.group)
         regulated = settings | seen | remembered | dict(weights='srcl') if c.regulated else {}
         one = dict(image_ids=batch.image_ids) if self.known is None else dict(positives=self.matches(batch))
         loss = itcontrast(*own, **one, **queue, **made.arguments, **regulated, synthetic_weight=c.synthetic_weight, intra_weight=c.intra_weight, multi_positive=c.multi_positive, group=self.group)
         false = None
-        if self.truth is not None: false = self.look_up(self.truth, batch) & ~self.matches(batch), self._texts_matches(self.truth, batch) & ~same_ids(batch.image_ids, gather_rows(batch.image_ids, self.group))
+        if self.truth is not None: false = self.look_up(self.truth, batch) & ~self.matches(batch), self._texts_matches(self.truth, batch) & ~self._texts_own(batch)
         return loss, synthesis_stats(made, *own[:2], false, self.group) | (dict(alpha=settings['alpha']) if c.weighs else {})
+
+    def _texts_own(self, batch):
+        "Known positives as (texts of this process, images of all) bool."
+        own = same_ids(batch.image_ids, gather_rows(batch.image_ids, self.group))
+        return own if self.known is None else own | self._texts_matches(self.known, batch)
 
     def _texts_matches(self, matches, batch):
         "(texts of this process, images of all) bool."

@@ -580,7 +580,7 @@ def plot_image_grid(
     fig.alt = f'{n} picture{"s" if n != 1 else ""}' + (': ' + '; '.join(clean_text(c, 60) for c in captions[:6]) + ('; ...' if n > 6 else '') if captions is not None else '') + '.'
     return fig
 
-# %% ../../nbs/70_viz.plots.ipynb #575a2a0d
+# %% ../../nbs/70_viz.plots.ipynb #5765c3a6
 def _rows(table):
     "Records of a table given as list of dicts or pandas DataFrame, with the columns a dot plot needs."
     rows = table.to_dict('records') if hasattr(table, 'to_dict') else [dict(r) for r in table]
@@ -589,6 +589,8 @@ def _rows(table):
         if lacking: raise ValueError(f'row {i} of the table lacks {", ".join(lacking)}; it has {", ".join(map(str, r))}')
     return [r for r in rows if r['mean'] is not None and math.isfinite(r['mean'])]
 
+def _method_look(n): return SERIES[n % 6], POINTS[(n + n//6) % 6]      # another marker when the colours begin again
+
 def _interval_panel(ax, rows, methods, conditions):
     "One metric: dots with intervals, conditions downwards, methods beside each other."
     gap = .62/max(len(methods), 1)
@@ -596,8 +598,9 @@ def _interval_panel(ax, rows, methods, conditions):
         m = methods.index(str(r['method']))
         y = conditions.index(str(r.get('condition', ''))) + (m - (len(methods)-1)/2)*gap
         low, high = (r[k] if r.get(k) is not None else r['mean'] for k in ('low', 'high'))
-        ax.plot([low, high], [y, y], color=SERIES[m % 6], linewidth=2.2, solid_capstyle='round')
-        ax.plot([r['mean']], [y], ls='', marker=POINTS[m % 6], markersize=6.5, color=SERIES[m % 6], markeredgecolor='#fffffe', markeredgewidth=.7)
+        colour, point = _method_look(m)
+        ax.plot([low, high], [y, y], color=colour, linewidth=2.2, solid_capstyle='round')
+        ax.plot([r['mean']], [y], ls='', marker=point, markersize=6.5, color=colour, markeredgecolor='#fffffe', markeredgewidth=.7)
     for edge in range(1, len(conditions)): ax.axhline(edge-.5, color=FAINT, linewidth=.8)
     ax.set_ylim(len(conditions)-.5, -.5); _dress(ax, 'x'); ax.spines['left'].set_visible(False)
     ax.set_yticks(range(len(conditions)), [clean_text(c, 30) for c in conditions]); ax.tick_params(axis='y', length=0); ax.margins(x=.08)
@@ -620,7 +623,7 @@ def plot_metric_intervals(
         ax.set_title(clean_text(metric, 34))
         if n % columns: ax.set_yticklabels([])
     if title: fig.suptitle(clean_text(title, 90), x=.01, ha='left', weight='bold', fontsize=10.5)
-    handles = [Line2D([], [], color=SERIES[i % 6], marker=POINTS[i % 6], lw=2.2, ms=6.5, label=clean_text(m, 40)) for i, m in enumerate(methods)]
+    handles = [Line2D([], [], color=_method_look(i)[0], marker=_method_look(i)[1], lw=2.2, ms=6.5, label=clean_text(m, 40)) for i, m in enumerate(methods)]
     fig.legend(handles=handles, loc='outside lower left', ncols=min(4, len(handles)))
     fig.alt = f'Means with intervals: {", ".join(metrics)}, of {", ".join(methods)}' + (f', under {", ".join(conditions)}' if conditions != [''] else '') + '.'
     return fig
