@@ -405,7 +405,7 @@ def write_store(
     except BaseException: shutil.rmtree(hidden, ignore_errors=True); raise
     return RegionStore(folder)
 
-# %% ../../nbs/15_data.regions.ipynb #44d26e2f
+# %% ../../nbs/15_data.regions.ipynb #44bcb5b0
 class RegionStore:
     "Regions of many images in mapped files. `DataError` when the folder holds no whole store."
     def __init__(self,
@@ -465,6 +465,7 @@ class RegionStore:
         max_regions:int|None=None, # keep this many of each image, the first in the source's order
     )->tuple[Tensor,Tensor]: # (B,R,D+6) float32, zeros behind; (B,R) bool, True on regions; R is the most in this batch
         "The regions of a batch of images, padded."
+        if max_regions is not None and max_regions < 1: raise ValueError(f'max_regions must be at least 1, got {max_regions}')
         positions = np.asarray(positions, np.int64)
         start, count = self.ends[positions], self.ends[positions + 1] - self.ends[positions]
         if max_regions is not None: count = np.minimum(count, max_regions)

@@ -63,7 +63,7 @@ oscar_tiny = OscarConfig() # trains in minutes on two cores
 oscar_base = OscarConfig(vocab_size=30522, width=768, layers=12, heads=12, max_length=512, cls_token_id=101, sep_token_id=102, region_dim=2054, grid_side=0, dropout=0.1,
                          projection_dim=256, initializer_range=0.02) # the paper's; checkpoints without bert.LayerNorm load too
 
-# %% ../../nbs/48_models.oscar.ipynb #09dc7004
+# %% ../../nbs/48_models.oscar.ipynb #09c8bdaf
 class OscarImages(NamedTuple):
     "Images as the model reads them."
     regions:Tensor # (B,R,F) features with boxes, zero where masked
@@ -91,6 +91,7 @@ def oscar_images(
     given = images if isinstance(images, Mapping) else dict(regions=images)
     if 'regions' not in given or set(given) - set(OscarImages._fields): raise ValueError(f'images must be a tensor or a dict of {OscarImages._fields}, got a dict of {tuple(given)}')
     x, shown, tags, tag_mask = (given.get(k) for k in OscarImages._fields)
+    if not isinstance(x, Tensor) or not x.is_floating_point(): raise ValueError(f'regions must be a floating tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}')
     if config.grid_side and x.ndim != 3: x = cells_with_boxes(x, config.grid_side)
     if x.ndim != 3 or x.shape[2] != config.region_dim: raise ValueError(f'regions must be (B,R,{config.region_dim}), got {tuple(x.shape)}' + ('' if config.grid_side else '; grid features need grid_side'))
     if shown is None: shown = x.new_ones(x.shape[:2], dtype=torch.bool)

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 from .plots import FAINT, INK, KINDS, MUTED, PAPER, SERIES, POINTS, Picture, _dress, _figure, _styled, clean_text, plot_message
 
-# %% ../../nbs/71_viz.synthesis.ipynb #059c683a
+# %% ../../nbs/71_viz.synthesis.ipynb #05b438c6
 class Projection:
     "From D dimensions to two, fitted once: `transform` never moves what was drawn before."
     def __init__(self,
@@ -20,7 +20,7 @@ class Projection:
         neighbours:int=15, # of UMAP
     ):
         x = features.detach().float().cpu().numpy()
-        if x.ndim != 2 or len(x) < 3: raise ValueError(f'a plane needs at least three rows of features (N,D), got {tuple(features.shape)}')
+        if x.ndim != 2 or len(x) < 3 or x.shape[1] < 2: raise ValueError(f'a plane needs at least three rows of features (N,D), D at least 2, got {tuple(features.shape)}')
         if not np.isfinite(x).all(): raise ValueError(f'features {tuple(features.shape)} hold NaN or infinity')
         if method == 'pca':
             from sklearn.decomposition import PCA
@@ -32,13 +32,14 @@ class Projection:
                 warnings.simplefilter('ignore')                                  # a seed makes it run on one core, and it says so
                 self.model = UMAP(n_neighbors=min(neighbours, len(x) - 1), metric='cosine', random_state=seed).fit(x)
         else: raise ValueError(f"method must be 'pca' or 'umap', got {method!r}")
-        self.method = method
+        self.method, self.width = method, x.shape[1]
 
     def transform(self,
         features:Tensor, # (...,D)
     )->np.ndarray: # (...,2)
         "Where these lie in the plane."
         x = features.detach().float().cpu().numpy()
+        if not x.ndim or x.shape[-1] != self.width: raise ValueError(f'this plane is laid through features of width {self.width}, got {tuple(features.shape)}')
         return np.asarray(self.model.transform(x.reshape(-1, x.shape[-1]))).reshape(*x.shape[:-1], 2) if x.size else np.zeros((*x.shape[:-1], 2))
 
 # %% ../../nbs/71_viz.synthesis.ipynb #080554d6
