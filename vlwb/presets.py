@@ -6,7 +6,7 @@
 __all__ = ['OWN', 'TrainingData', 'read_training_data', 'changed', 'until', 'Prepared', 'prepare', 'in_turn', 'train_preset',
            'load_start', 'rehearse_preset']
 
-# %% ../nbs/84_presets.ipynb #0261f3b1
+# %% ../nbs/84_presets.ipynb #0215795e
 import hashlib, json, shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +25,7 @@ from .data.relevance import own_captions
 from .eval.retrieval import retrieval_metrics
 from .eval.staged import scene_sets
 from .eval.study import WorldSpec, build_world, judge
+from .models.albef import read_settings
 from .models.checkpoints import albef_from_towers
 from .models.frozen import fingerprint as fingerprint_of
 from .models.oscar import OscarConfig, OscarModel, load_oscar
@@ -68,7 +69,7 @@ def read_training_data(
         return read_set(found[0], images, on_error=on_error) if found else train
     return TrainingData(train, own('pretrain'), own('clean'), part('val'), part('test'))
 
-# %% ../nbs/84_presets.ipynb #1080a153
+# %% ../nbs/84_presets.ipynb #10c223fa
 def changed(
     preset:Preset, # one of PRESETS, or your own
     contrast:dict|None=None, # fields of the `LossConfig` of stages 1 and 2; of its `synthesis` a dict likewise
@@ -80,6 +81,7 @@ def changed(
     "A preset with some settings changed. The contrast 'albef' brings what belongs to it in pre-training: soft targets of masked words, and an epoch in which their weight rises."
     if scale <= 0: raise ValueError(f'the length of a stage must be scaled by more than 0, got {scale}')
     def stage(name, s):
+        "A stage with what was changed of it."
         if s is None: return None
         objective, fields = s.objective, contrast or {}
         if isinstance(objective, MatchingConfig): fields = dict(seed=objective.contrast.seed if seed is None else seed, alpha_start=0., alpha_end=0.) | fields      # there is no H
@@ -319,7 +321,7 @@ def _only_with_regions(data, store):
         made[id(part)] = part if there.all() else part.select(images=there)
     return TrainingData(*(p and made[id(p)] for p in data)), said
 
-# %% ../nbs/84_presets.ipynb #313cd388
+# %% ../nbs/84_presets.ipynb #31185ea7
 OWN = 'pooling', 'tags_with', 'temperature', 'learn_scale', 'max_scale', 'logit_bias'        # what a preset decides and no checkpoint
 
 def _is_run(start):
@@ -352,8 +354,7 @@ def load_start(
 )->tuple[OscarModel,tuple[str,...]]: # model, and names of the tensors that start fresh
     "The model that a training starts from. `DataError` when data and checkpoint do not fit."
     fresh, folder = (), Path(start)
-    try: settings = json.loads((folder/'config.json').read_text()) if (folder/'config.json').is_file() else {}
-    except ValueError as e: raise DataError(f'{folder}/config.json is no whole JSON file ({e})') from e
+    settings = read_settings(folder) if (folder/'config.json').is_file() else {}
     if _is_run(start): model = load_model(start)[0]
     elif 'region_dim' in settings: model = OscarModel.from_pretrained(folder)
     else:

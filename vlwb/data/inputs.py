@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AUGMENTATIONS', 'SPECIALS', 'augmented', 'rand_augment', 'ImageTransform', 'WordTokenizer', 'HubTokenizer',
-           'load_tokenizer', 'epoch_order', 'PairDataset', 'TensorSet', 'as_is', 'make_loader']
+           'load_tokenizer', 'epoch_order', 'PairDataset', 'take_texts', 'TensorSet', 'as_is', 'make_loader']
 
 # %% ../../nbs/13_data.inputs.ipynb #0239204f
 import json, math, re
@@ -360,7 +360,16 @@ class PairDataset:
 
     def __getitems__(self, index): return self.batch(index)
 
-# %% ../../nbs/13_data.inputs.ipynb #29c4830d
+# %% ../../nbs/13_data.inputs.ipynb #2905f0dc
+def take_texts(
+    texts:dict[str,Tensor], # each (M,T)
+    index:Tensor, # (B,) positions
+)->dict[str,Tensor]: # each (B,T'), T' the longest of these
+    "Some captions, cut to their longest."
+    texts = {k: v[index] for k, v in texts.items()}
+    longest = int(texts['attention_mask'].sum(1).max()) if 'attention_mask' in texts and len(index) else None
+    return {k: v[:,:longest] for k, v in texts.items()}
+
 class TensorSet:
     "A set in memory: pixels or features of N images, tokens or features of M captions."
     def __init__(self,
@@ -385,10 +394,7 @@ class TensorSet:
 
     def texts_at(self, index)->dict[str,Tensor]|Tensor: # each (B,T), cut to the longest, or (B,D)
         index = torch.as_tensor(index)
-        if not isinstance(self.texts, dict): return self.texts[index]
-        texts = {k: v[index] for k, v in self.texts.items()}
-        longest = int(texts['attention_mask'].sum(1).max()) if 'attention_mask' in texts and len(index) else None
-        return {k: v[:,:longest] for k, v in texts.items()}
+        return take_texts(self.texts, index) if isinstance(self.texts, dict) else self.texts[index]
 
     def batch(self,
         index, # (B,) positions of captions

@@ -6,7 +6,7 @@
 __all__ = ['box_geometry', 'geometry_order', 'Regions', 'region_inputs', 'ObjectLabels', 'parse_labels', 'tsv_rows', 'TsvIndex',
            'RegionReader', 'write_store', 'RegionStore', 'RegionPairs']
 
-# %% ../../nbs/15_data.regions.ipynb #028e1d97
+# %% ../../nbs/15_data.regions.ipynb #0218c679
 import base64, json, math, os, pickle, secrets, shutil, struct, zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from ..core import Batch, DataError, Problems, inside
+from .inputs import take_texts
 from .pairs import Pairs, read_json
 
 # %% ../../nbs/15_data.regions.ipynb #0637dac3
@@ -481,7 +482,7 @@ class RegionStore:
         "The regions of a batch of images by their ids."
         return self.at(self.find(ids), max_regions)
 
-# %% ../../nbs/15_data.regions.ipynb #5082f997
+# %% ../../nbs/15_data.regions.ipynb #500342b7
 def _tag_tokens(tags, tokenizer, length):
     "Tokens of the tags of each image, [SEP] behind and no [CLS] before; int64 (N,T) ids and mask."
     tokens = tokenizer([' '.join(t or []) for t in tags])
@@ -536,10 +537,7 @@ class RegionPairs:
         index, # (B,) positions of captions
     )->dict[str,Tensor]: # each (B,T), cut to the longest
         "The captions at these positions."
-        index = torch.as_tensor(np.asarray(index, np.int64))
-        texts = {k: v[index] for k, v in self.texts.items()}
-        longest = int(texts['attention_mask'].sum(1).max()) if 'attention_mask' in texts and len(index) else None
-        return {k: v[:,:longest] for k, v in texts.items()}
+        return take_texts(self.texts, torch.as_tensor(np.asarray(index, np.int64)))
 
     def batch(self,
         index, # (B,) positions of captions

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['hardness', 'run_hard', 'modality_of', 'run_all_hard']
 
-# %% ../../nbs/65a_eval.hard_study.ipynb #0225b69c
+# %% ../../nbs/65a_eval.hard_study.ipynb #028a137a
 import json, time
 from dataclasses import asdict
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 from ..core import cache_folder, seed_everything, write_atomic
 from .hard import flat_scores, judge_hard
 from .modality import modality_report
-from .study import Judged, RunSpec, build_world, judge, map_specs, run_name, train_run
+from .study import Judged, RunSpec, build_world, judge, run_all, run_name, train_run
 from ..train.objectives import encode_set
 
 # %% ../../nbs/65a_eval.hard_study.ipynb #0530cae5
@@ -30,7 +30,7 @@ def hardness(
         return float(torch.cat(sides).mean()) if any(len(s) for s in sides) else float('nan')
     return dict(own=float(similarity[judged.own].mean()), hard=closest(~judged.matches), false=closest(judged.matches & ~judged.own))
 
-# %% ../../nbs/65a_eval.hard_study.ipynb #074fe9b0
+# %% ../../nbs/65a_eval.hard_study.ipynb #07e9d06f
 def run_hard(
     spec:RunSpec, # the run
     progress:bool=False, # show the bars
@@ -62,6 +62,4 @@ def run_all_hard(
     name:str='runs', # shown at the progress bar
 )->list[dict]: # results in the order of specs
     "Run a study: what is kept is read, the rest is computed side by side."
-    missing = {run_name(s): s for s in specs if not (cache_folder('hard')/f'{run_name(s)}.json').exists()}
-    map_specs(run_hard, sorted(missing.values(), key=lambda s: (str(s.world), s.recipe.loss.needs_aux)), processes, name)
-    return [run_hard(s) for s in specs]
+    return run_all(specs, processes, name, run_hard, 'hard')

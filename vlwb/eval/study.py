@@ -353,7 +353,7 @@ def run(
     write_atomic(path, json.dumps(result))
     return result
 
-# %% ../../nbs/65_eval.study.ipynb #3635b487
+# %% ../../nbs/65_eval.study.ipynb #36b73139
 def _one_thread(): torch.set_num_threads(1)
 
 def map_specs(
@@ -382,11 +382,13 @@ def run_all(
     specs:list[RunSpec], # the runs, in any order, repeats allowed
     processes:int|None=None, # worker processes; the number of cores when None, 0 to stay in this one
     name:str='runs', # shown at the progress bar
+    function:Callable=run, # of one spec; keeps its result
+    kept:str='runs', # folder of the cache that it keeps it in
 )->list[dict]: # results in the order of specs
     "Run a study: what is kept is read, the rest is computed side by side."
-    missing = {run_name(s): s for s in specs if not (cache_folder('runs')/f'{run_name(s)}.json').exists()}
-    map_specs(run, sorted(missing.values(), key=lambda s: (str(s.world), s.recipe.loss.needs_aux)), processes, name)   # neighbours share a world
-    return [run(s) for s in specs]
+    missing = {run_name(s): s for s in specs if not (cache_folder(kept)/f'{run_name(s)}.json').exists()}
+    map_specs(function, sorted(missing.values(), key=lambda s: (str(s.world), s.recipe.loss.needs_aux)), processes, name)   # neighbours share a world
+    return [function(s) for s in specs]
 
 # %% ../../nbs/65_eval.study.ipynb #4099010a
 def paired_interval(

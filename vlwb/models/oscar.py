@@ -6,7 +6,7 @@
 __all__ = ['oscar_tiny', 'oscar_base', 'OscarConfig', 'OscarImages', 'oscar_images', 'OscarModel', 'infer_oscar_config',
            'LoadedOscar', 'load_oscar', 'official_state_dict', 'official_settings', 'save_oscar']
 
-# %% ../../nbs/48_models.oscar.ipynb #02f69c90
+# %% ../../nbs/48_models.oscar.ipynb #02564bf3
 import json
 import math
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from ..core import DataError, mend_torchvision, write_atomic
-from .albef import _start, _unit
+from .albef import _start, _unit, load_saved, read_settings
 from .checkpoints import LoadReport, read_tensors
 from .dual import DualEncoder, DualOutput
 from .regions import cells_with_boxes
@@ -122,7 +122,7 @@ def _bert(c:OscarConfig) -> nn.Module:
     if c.region_norm: bert.LayerNorm = nn.LayerNorm(c.width, eps=c.region_norm_eps)
     return bert
 
-# %% ../../nbs/48_models.oscar.ipynb #158c5466
+# %% ../../nbs/48_models.oscar.ipynb #1531e00f
 class OscarModel(nn.Module):
     "One BERT over caption, object tags and regions, its matching head, and separate passes with projections and a scale (Li et al., ECCV 2020; the separate passes are this project's reading of ITContrast)."
     vision_parts = 'bert.img_embedding.', 'bert.LayerNorm.', 'image_projection.'       # for a learning rate of its own: what images alone use
@@ -212,24 +212,7 @@ class OscarModel(nn.Module):
         folder:str|Path, # what `save_pretrained` wrote
     )->'OscarModel': # in evaluation mode
         "Build a saved model; every weight must be there. `DataError` for anything else. Pickles are never read."
-        from safetensors import SafetensorError
-        from safetensors.torch import load_model
-        folder = Path(folder)
-        for name in ('config.json', 'model.safetensors'):
-            if not (folder/name).is_file(): raise DataError(f'{folder} holds no OscarModel: {name} is missing')
-        try: config = OscarConfig(**_settings(folder))
-        except (TypeError, ValueError) as e: raise DataError(f'{folder} holds another kind of model ({e}); load_oscar reads checkpoints of OSCAR and VinVL') from e
-        model = cls(config)
-        try: load_model(model, str(folder/'model.safetensors'), strict=True)
-        except (RuntimeError, SafetensorError) as e: raise DataError(f'{folder}: the weights are not those of the configuration beside them. {e}') from e
-        return model.eval()
-
-def _settings(folder) -> dict:
-    "The config.json of a folder; `DataError` when it is no whole JSON object."
-    try: settings = json.loads((folder/'config.json').read_text())
-    except ValueError as e: raise DataError(f'{folder}/config.json is no whole JSON file ({e})') from e
-    if not isinstance(settings, dict): raise DataError(f'{folder}/config.json must hold an object, got {type(settings).__name__}')
-    return settings
+        return load_saved(cls, OscarConfig, folder, 'load_oscar reads checkpoints of OSCAR and VinVL')
 
 # %% ../../nbs/48_models.oscar.ipynb #38de59c2
 def _bert_form(state):
@@ -270,7 +253,7 @@ def infer_oscar_config(
         region_norm_eps=settings.get('img_layer_norm_eps', 1e-12), grid_side=0, dropout=settings.get('hidden_dropout_prob', 0.1), classifier='mlp' if mlp else 'linear', classifier_scale=len(state['classifier.0.weight'])//width if mlp else 2,
         projection_dim=256 if projection is None else len(projection), initializer_range=0.02)
 
-# %% ../../nbs/48_models.oscar.ipynb #400ce965
+# %% ../../nbs/48_models.oscar.ipynb #4020f058
 class LoadedOscar(NamedTuple):
     "What a checkpoint gives."
     model:OscarModel # in evaluation mode
@@ -285,7 +268,7 @@ def _read_source(source):
     if not path.is_dir(): return read_tensors(path), None
     file = next((path/f for f in _files if (path/f).is_file()), None)
     if file is None: raise DataError(f'{path} holds no checkpoint: none of {_files} is there')
-    return read_tensors(file), _settings(path) if (path/'config.json').is_file() else None
+    return read_tensors(file), read_settings(path) if (path/'config.json').is_file() else None
 
 @torch.no_grad()
 def load_oscar(

@@ -247,7 +247,7 @@ def _mined(index:Tensor, similarity:Tensor, lower:float=-math.inf) -> Mined:
     found = (similarity > -math.inf) & (similarity >= lower)
     return Mined(index.masked_fill(~found, 0), similarity.masked_fill(~found, -math.inf), found)
 
-# %% ../../nbs/34_negatives.mining.ipynb #334a8b0e
+# %% ../../nbs/34_negatives.mining.ipynb #330921da
 def _search(
     anchors:Tensor, # (A,D)
     pool:Tensor, # (M,D)
@@ -261,6 +261,7 @@ def _search(
     pieces, free = _Piece.cut(pool, columns, allowed), SimpleQueue()
     starts = range(0, len(anchors), rows)
     def search(start):
+        "The best k of some anchors, over all pieces of the pool."
         take = slice(start, min(start + rows, len(anchors)))
         features, n = anchors[take].to(kind), take.stop - take.start
         best = torch.zeros(n, 0, dtype=kind, device=device), torch.zeros(n, 0, dtype=torch.int64, device=device)
