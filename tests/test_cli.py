@@ -1,5 +1,5 @@
 "The command line and README as a user meets them."
-import json, os, re, subprocess, sys
+import importlib.util, json, os, re, subprocess, sys
 from pathlib import Path
 import pytest
 from PIL import Image
@@ -91,6 +91,39 @@ def test_train_with_synthetic_negatives(tmp_path):
     assert recipe('synco')['seed'] == 4
     judged = json.loads(vlwb('eval', tmp_path/'synco', tmp_path/'features.npz', '--json').splitlines()[-1])
     assert judged['strict']['rsum'] > 0
+
+
+def test_train_with_a_queue_and_a_mined_pool(tmp_path):
+    "Material beyond the batch for a plain dual encoder, with the counts of MoCHi and SynCo; options that do not go together."
+    import numpy as np
+    from vlwb.data.toy import hidden_matches
+    from typer.testing import CliRunner
+    from vlwb.cli import app
+    def vlwb(*arguments, code=0): # in this process: a second each
+        done = CliRunner().invoke(app, [*map(str, arguments)])
+        assert (done.exception is None) == (code == 0), (done.output, done.exception)
+        return done.output if code == 0 else str(done.exception)
+    toy = hidden_matches()
+    np.savez(tmp_path/'features.npz', image_features=toy.images.numpy(), text_features=toy.texts.numpy(), caption_image=np.asarray(toy.caption_image))
+    common = 'train', tmp_path/'features.npz', '--steps', 6, '--batch-size', 16, '--device', 'cpu'
+    recipe = lambda name: json.loads((tmp_path/name/'vlwb.json').read_text())['recipe']['loss']
+    vlwb(*common, '--loss', 'mochi', '--queue-size', 20, '--mined', 3, '--mined-every', 2, '--mixed', 5, '--with-anchor', 2, '--no-damp', '--attach', '--gate', .2, '--aux-steps', 2, '--micro-batch', 5, '--out', tmp_path/'mochi')
+    saved = recipe('mochi')
+    assert (saved['queue_size'], saved['mined'], saved['mined_every'], saved['miner'], saved['candidates']) == (20, 3, 2, 'exact', 'online')
+    assert {k: saved['synthesis'][k] for k in ('mixed', 'with_anchor', 'damp', 'detach', 'each')} == dict(mixed=5, with_anchor=2, damp=False, detach=False, each=[16, 16, 16, 4, 4, 4])
+    state = next((tmp_path/'mochi').glob('checkpoint-*'))/'objective.safetensors'
+    from safetensors import safe_open
+    with safe_open(state, 'pt') as f: assert f.get_tensor('pool.texts_of_images').shape == (len(toy.images), 3) and int(f.get_tensor('slow.queue.filled')) == 20
+    vlwb(*common, '--loss', 'synco', '--each', 2, '--mined', 3, '--mined-every', 0, '--out', tmp_path/'synco')
+    assert recipe('synco')['synthesis']['each'] == 2 and recipe('synco')['synthesis']['damp'] and (tmp_path/'synco'/'log.jsonl').read_text()
+    if importlib.util.find_spec('faiss'): vlwb(*common, '--loss', 'synco', '--mined', 3, '--miner', 'faiss:HNSW16', '--out', tmp_path/'faiss')
+    vlwb(*common, '--loss', 'srcl', '--queue-size', 20, '--out', tmp_path/'srcl')
+    assert recipe('srcl')['candidates'] == 'momentum'
+    assert 'faiss' in vlwb(*common, '--loss', 'synco', '--mined', 3, '--miner', 'faiss:HNSW99,bad', '--out', tmp_path/'bad', code=2)           # not there, or no such index
+    for wrong, word in ((('--loss', 'vse', '--queue-size', 20), '--queue-size goes with'), (('--loss', 'synco', '--mixed', 2), '--mixed goes with --loss mochi'), (('--loss', 'mochi', '--each', 2), '--each goes with --loss synco'), (('--loss', 'hcl', '--mined', 2), '--mined goes with --loss itcontrast'),
+                        (('--loss', 'mochi', '--miner', 'faiss'), 'give that too'), (('--loss', 'srcl', '--no-damp'), '--no-damp goes with'), (('--loss', 'infonce', '--attach'), '--attach goes with'), (('--max-regions', 3), '--max-regions goes with --preset')):
+        assert word in vlwb(*common, *wrong, '--out', tmp_path/'wrong', code=2), wrong
+    assert '--mined does not go with --preset' in vlwb('train', '--preset', 'oscar-tiny', '--data', tmp_path, '--mined', 3, code=2)
 
 
 def test_options_of_synthetic_negatives_belong_to_them():

@@ -217,3 +217,25 @@ def test_report_agrees_with_its_parts():
     ('own', lambda x: alignment(x, x, [0.5]*4)), ('no match', lambda x: alignment(x, x, torch.zeros(4, 4, dtype=torch.bool))), ('folds', lambda x: modality_probe(x, x, folds=1)), ('too few', lambda x: modality_probe(x[:1], x[:1]))])
 def test_modality_errors(word, call):
     with pytest.raises(ValueError, match=word): call(torch.eye(4))
+
+
+# Studies --------------------------------------------------------------------------------------------------------------------------------------------
+
+def test_a_study_is_kept_under_its_names(tmp_path, monkeypatch):
+    "Run side by side or read back: one result for each description, in the order that was asked for, in a folder of its own."
+    from vlwb.eval.hard_study import run_all_hard, run_hard
+    from vlwb.eval.study import RunSpec, WorldSpec, run_name
+    from vlwb.train.backbone import BackboneConfig
+    from vlwb.train.loop import TrainConfig
+    from vlwb.train.objectives import LossConfig
+    from vlwb.train.recipe import Recipe
+    monkeypatch.setenv('VLWB_CACHE', str(tmp_path))
+    world = WorldSpec(scenes=150, val_scenes=40, test_scenes=40, clean_scenes=100)
+    spec = lambda name: RunSpec(world, Recipe(LossConfig(name), TrainConfig(steps=3, device='cpu'), 0), backbone=BackboneConfig(steps=5, scenes=200))
+    asked = [spec('mochi'), spec('infonce'), spec('mochi')]
+    found = run_all_hard(asked, processes=0)
+    assert sorted(p.stem for p in (tmp_path/'hard').iterdir()) == sorted({run_name(s) for s in asked})
+    assert found[0] == found[2] != found[1] and [f['spec']['recipe']['loss']['name'] for f in found] == ['mochi', 'infonce', 'mochi']
+    monkeypatch.setattr('vlwb.eval.hard_study.train_run', None)                                         # nothing is trained again
+    assert run_all_hard(asked[:2], processes=0, name='again') == found[:2] and run_hard(asked[1]) == found[1]
+    assert run_name(spec('mochi')) == run_name(RunSpec(world, Recipe(LossConfig('mochi', mined=0, mined_every=100, miner='exact'), TrainConfig(steps=3, device='cpu'), 0), backbone=BackboneConfig(steps=5, scenes=200)))       # what is left as it is has no part in a name

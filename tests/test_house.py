@@ -2,6 +2,7 @@
 import configparser, filecmp, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest
+from vlwb.core import data_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(p for p in (ROOT/'vlwb').rglob('*.py') if p.name not in ('__init__.py', '_modidx.py'))
@@ -70,7 +71,25 @@ def test_anatomy_of_notebooks(path):
     outputs = [o for c in cells if c['cell_type'] == 'code' for o in c['outputs']]
     assert outputs, 'a notebook shows what it says: commit it with the outputs of a top-to-bottom run'
     assert not any(o['output_type'] == 'error' for o in outputs)
-    assert not any('application/vnd.jupyter.widget-view+json' in o.get('data', {}) for o in outputs), 'widget state in the file'
+    assert not any('application/vnd.jupyter.widget-view+json' in o.get('data', {}) for o in outputs), 'a widget and its random id in the file: make the outputs with VLWB_STATIC=1'
+    assert set(json.loads(path.read_text())['metadata']) <= {'kernelspec'}, 'widget state in the file: run nbdev_clean'
+
+
+def test_photos_in_notebooks_may_be_shown():
+    "Each photo of the small real set that a notebook shows is named with its source, and its licence allows it."
+    folder = data_folder()
+    if folder is None: pytest.skip('VLWB_DATA names no folder with coco_mini')
+    rows = [json.loads(line) for line in (folder/'coco_mini'/'images.jsonl').read_text(encoding='utf-8').splitlines()]
+    free, every = ({r['flickr_url'] for r in rows if r['permissive'] or not only} for only in (True, False))
+    named = {}
+    for path in sorted((ROOT/'nbs').glob('*.ipynb')):
+        cells = [c for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'code']
+        said = json.dumps([{k: v for k, v in o.get('data', o).items() if not k.startswith('image/')} for c in cells for o in c['outputs']])
+        found = set(re.findall(r'https?://farm[\w./-]+?\.jpg', said))
+        assert found <= free, f'{path.name} shows {found - free}'
+        shows = any('load_image' in ''.join(c['source']) and not ''.join(c['source']).startswith('#| export') and any('image/png' in o.get('data', {}) for o in c['outputs']) for c in cells)
+        if shows and any('images.jsonl' in ''.join(c['source']) for c in cells): named[path.name] = found
+    assert len(every) > len(free) > 0 and len(named) >= 3 and all(named.values()), f'photos without their source: {named}'
 
 
 def test_no_machine_paths_or_hosts():

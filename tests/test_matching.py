@@ -24,6 +24,8 @@ torch.set_num_threads(1)
 SMALL = SynthesisConfig(hardest=8, strata=2, gate=.3, mixed=3, with_anchor=2, each=1)
 LOSSES = {'itcontrast, gated by H, regulated, queue': LossConfig('itcontrast', synthesis=SMALL, regulated=True, similarity_temperature=.3, queue_size=20, momentum=.9),
           'itcontrast, momentum view, own modality': LossConfig('itcontrast', synthesis=SMALL, view='momentum', similarity_temperature=.3, queue_size=20, momentum=.9, intra_weight=.5),
+          'itcontrast, mined, gated by H, queue': LossConfig('itcontrast', synthesis=SMALL, similarity_temperature=.3, queue_size=20, momentum=.9, mined=3, mined_every=2),
+          'synco, mined once, gated by truth': LossConfig('synco', synthesis=replace(SMALL, gate=0.), gate_by='truth', mined=3, mined_every=0),
           'mochi': LossConfig('mochi', synthesis=replace(SMALL, gate=0.)), 'synco, gated by truth': LossConfig('synco', synthesis=replace(SMALL, gate=0.), gate_by='truth')}
 
 
@@ -39,12 +41,15 @@ def world(n=64):
 
 class Regions:
     "A set whose images are dicts of regions, each batch with as many as its fullest image."
-    def __init__(self, data): self.data, self.caption_image, self.num_images = data, data.caption_image, data.num_images
+    def __init__(self, data): self.data, self.caption_image, self.num_images, self.texts_at = data, data.caption_image, data.num_images, data.texts_at
+    def images_at(self, index):
+        index = torch.as_tensor(index)
+        count, images = 2 + index % 4, self.data.images_at(index)
+        mask = torch.arange(int(count.max())) < count[:,None]
+        return dict(regions=images.view(len(images), 5, 10)[:,:mask.shape[1]] * mask[...,None], region_mask=mask)
     def batch(self, index, epoch=0):
         b = self.data.batch(index)
-        count = 2 + b.image_ids % 4
-        mask = torch.arange(int(count.max())) < count[:,None]
-        b.images = dict(regions=b.images.view(len(b.images), 5, 10)[:,:mask.shape[1]] * mask[...,None], region_mask=mask)
+        b.images = self.images_at(b.image_ids)
         return b
 
 
@@ -59,7 +64,7 @@ def three_steps(name, dtype=torch.float64, team=None):
     data, aux = TensorSet(data.images.to(dtype), data.texts, data.caption_image), AuxFeatures(aux.images.to(dtype), aux.texts.to(dtype))
     model, loss = model_of(vocabulary).to(dtype).train(), LOSSES[name]
     config = MatchingConfig(loss, spare_below=.2 if loss.weighs else 0., spare_temperature=.3)
-    objective = MatchingObjective(config, 3, aux if config.needs_aux else None, truth, group=None if team is None else team.group)
+    objective = MatchingObjective(config, 3, aux if config.needs_aux else None, truth, group=None if team is None else team.group, data=Regions(data))
     objective.prepare(model)
     out = {}
     for step, batch in zip(range(3), Batches(Regions(data), 13, one_caption_per_image=False)(0)):
@@ -73,7 +78,8 @@ def three_steps(name, dtype=torch.float64, team=None):
         with torch.no_grad():
             for p in model.parameters(): p -= 0.05 * p.grad if p.grad is not None else 0
         objective.after_step(model)
-        if objective.state is not None: out |= {f'{step} queue {n}': x.clone() for n, x in objective.state.queue.entries().items()}
+        if objective.contrast.slow is not None: out |= {f'{step} queue {n}': x.clone() for n, x in objective.contrast.slow.queue.entries().items()}
+        if objective.contrast.pool is not None: out |= {f'{step} pool {n}': x.double() for n, x in objective.contrast.pool.named_buffers()}
     return out
 
 
@@ -112,7 +118,7 @@ def test_step_on_two_processes_is_that_of_one(team, name):
         for key, value in one.items():
             if key.endswith('alpha'): continue
             scale = max(value.abs().max().item(), 1e-2) if value.is_floating_point() else 1
-            assert (two[key].to(value.dtype) - value).abs().max().item() <= (1e-6 if key.endswith(('itm', 'loss')) or LOSSES[name].queue_size else 1e-9) * scale, key   # matching's cross-entropy and the queue are float32
+            assert (two[key].to(value.dtype) - value).abs().max().item() <= (1e-6 if key.endswith(('itm', 'loss')) or LOSSES[name].queue_size or LOSSES[name].mined else 1e-9) * scale, key   # matching's cross-entropy, queue and pool are float32
 
 
 def test_gathered_inputs_are_filled_up(team):
@@ -127,7 +133,7 @@ def test_a_cut_run_ends_as_an_uncut_one(name, tmp_path):
     class Killed(Exception): pass
     def run(folder, stop=None):
         config = MatchingConfig(LOSSES[name])
-        objective = MatchingObjective(config, 6, aux if config.needs_aux else None, truth)
+        objective = MatchingObjective(config, 6, aux if config.needs_aux else None, truth, data=Regions(data))
         call = MatchingObjective.__call__
         class Stopping(MatchingObjective):
             def __call__(self, model, batch, step):

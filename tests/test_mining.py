@@ -264,4 +264,6 @@ def test_benchmark_runs_small():
     rows = bench_mining(tiny=True)
     assert all(r.met for r in rows if r.goal)
     assert all(r.value <= 1e-6 for r in rows if r.name.startswith('largest difference'))
-    assert {r.peer for r in rows} == {'', 'bare product', 'torch.topk', "sentence-transformers' way"}
+    assert {r.peer for r in rows} == {'', 'torch.mm', 'torch.mm in tiles', 'torch.topk', "sentence-transformers' way"}
+    floors = {r.name.partition(',')[0] for r in rows if r.peer.startswith('torch.mm') and r.unit == 's'}
+    assert floors == {'product in tiles', 'product at once'} and all(r.peer in ('torch.mm', 'torch.mm in tiles') for r in rows if r.name.startswith('mining / floor'))

@@ -364,6 +364,20 @@ def test_images_that_do_not_fit(change, message):
     with pytest.raises(ValueError, match=message): model.match_logits(images | change, texts)
 
 
+def test_numbers_that_no_feature_or_word_has():
+    model = load_oscar(official(), **SPECIAL).model
+    images, texts = padded()
+    broken = images['regions'].clone(); broken[1, 0, 3] = float('nan')
+    with pytest.raises(ValueError, match=r'regions \(3, \d+, 14\) hold NaN or infinity, first in image 1, region 0; mask it'): model.encode_image(images | dict(regions=broken))
+    assert torch.isfinite(model.encode_image(images | dict(regions=broken, region_mask=torch.zeros(broken.shape[:2])))).all()
+    words = model.config.vocab_size
+    for ids in (torch.full((2, 4), words), torch.tensor([[1, -1]])):
+        with pytest.raises(ValueError, match=f'knows {words} words: take the tokeniser'): model.encode_text(dict(input_ids=ids))
+    with pytest.raises(ValueError, match=f'to {words} and the model knows'): model.encode_image(images | dict(tag_ids=torch.full((3, 2), words), tag_mask=None))
+    for tags in (torch.ones(3, 4), [[1, 2]]*3):
+        with pytest.raises(ValueError, match='tag_ids must be a whole-number tensor'): model.encode_image(images | dict(tag_ids=tags))
+
+
 def test_configurations_and_pairs_that_do_not_fit():
     for bad, message in ((dict(pooling='max'), 'pooling must be'), (dict(tags_with='text'), 'tags_with'), (dict(classifier='deep'), 'classifier'), (dict(heads=5), 'multiple of heads'), (dict(heads=0), 'multiple of heads'),
                          (dict(temperature=0.), 'positive'), (dict(vocab_size=3), 'below vocab_size'), (dict(sep_token_id=2), 'different ids')):

@@ -114,6 +114,50 @@ def test_from_a_bert_and_from_a_store(photos, tmp_path):
     with pytest.raises(DataError, match='no tokeniser'): prepare(PRESETS['oscar-tiny'], photos/'captions.jsonl', regions=photos/'regions.tsv', start=photos/'vit', rehearsal=True)
 
 
+def test_where_a_training_starts(tmp_path):
+    "`load_start` by each of its forms: tensors in the official naming, a model of this package, what does not fit."
+    from vlwb.data.inputs import WordTokenizer
+    from vlwb.models.dual import DualEncoder, DualEncoderConfig
+    from vlwb.models.oscar import save_oscar
+    from vlwb.presets import load_start
+    tokenizer = WordTokenizer.learn(['a red circle', 'a blue square'])
+    sizes = OscarConfig(vocab_size=len(tokenizer), width=16, layers=1, heads=2, region_dim=9, grid_side=0, projection_dim=8)
+    torch.manual_seed(0); trained = OscarModel(sizes)
+    own = replace(sizes, pooling='mean', temperature=.2)                                             # a preset's wishes
+    save_oscar(tmp_path/'official', trained); trained.save_pretrained(tmp_path/'ours')
+    model, fresh = load_start(tmp_path/'official', own, 9, tokenizer)
+    assert model.config.pooling == 'mean' and model.config.temperature == .2 and all('projection' in n or 'scale' in n for n in fresh)
+    for name, x in trained.bert.state_dict().items(): assert_close(model.bert.state_dict()[name], x, rtol=0, atol=0)
+    model, fresh = load_start(tmp_path/'ours', own, 9, tokenizer)
+    assert model.config == sizes and not fresh and all(torch.equal(x, model.state_dict()[n]) for n, x in trained.state_dict().items())       # its own settings stay
+    with pytest.raises(DataError, match='reads regions of 9 numbers, those of the data have 12'): load_start(tmp_path/'ours', own, 12, tokenizer)
+    with pytest.raises(DataError, match='vocabulary has .* name its own'): load_start(tmp_path/'ours', own, 9, WordTokenizer.learn(['some more words than it has seen before today or ever']))
+    DualEncoder(DualEncoderConfig(vision=dict(features=4), text=dict(features=4), projection_dim=4)).save_pretrained(tmp_path/'dual')
+    with pytest.raises((DataError, ValueError)): load_start(tmp_path/'dual', own, 9, tokenizer)
+    with pytest.raises((DataError, ValueError)): load_start(tmp_path/'nowhere', own, 9, tokenizer)
+
+
+def test_number_and_order_of_regions_from_the_command_line(photos, tmp_path):
+    "The first regions of a file alone; files with height before width; both belong to a detector's files."
+    common_here = *common(photos, tmp_path/'few')[:-1], tmp_path/'few', '--regions', photos/'regions.tsv', '--from-scratch'
+    dry = vlwb(*common_here, '--max-regions', 2, '--dry-run')
+    assert 'Everything fits' in dry
+    ready = prepare(PRESETS['oscar-tiny'], photos/'captions.jsonl', regions=photos/'regions.tsv', from_scratch=True, rehearsal=True, max_regions=2)
+    assert ready.inputs.regions['max_regions'] == 2 and ready.sets('finetune', None).images_at([0, 1, 2, 3])['regions'].shape[1] == 2
+    rows = [line.split('\t') for line in (photos/'regions.tsv').read_text().splitlines()]
+    boxes = lambda text: np.frombuffer(base64.b64decode(text), '<f4').reshape(-1, 4)
+    six = lambda b: np.concatenate([b/48, (b[:,3:] - b[:,1:2])/48, (b[:,2:3] - b[:,:1])/48], 1)       # height first
+    both = lambda r: np.concatenate([np.frombuffer(base64.b64decode(r[5]), '<f4').reshape(int(r[3]), -1), six(boxes(r[4]))], 1).astype('<f4')
+    (tmp_path/'hw.tsv').write_text(''.join('\t'.join([r[0], r[3], base64.b64encode(both(r).tobytes()).decode()]) + '\n' for r in rows))
+    said = vlwb(*common_here[:-2], tmp_path/'hw.tsv', '--from-scratch', code=2)
+    assert "order='hw'" in said and 'hw.tsv, row 1' in said
+    assert 'Trained' in vlwb(*common(photos, tmp_path/'hw'), '--regions', tmp_path/'hw.tsv', '--from-scratch', '--region-order', 'hw')
+    assert json.loads((tmp_path/'hw'/'vlwb.json').read_text())['inputs']['regions']['order'] == 'hw'
+    assert 'order' in vlwb(*common(photos, tmp_path/'grid'), '--regions', 'grid', '--vision', photos/'vit', '--from-scratch', '--region-order', 'hw', code=2)
+    assert 'leave the order out' in vlwb(*common(photos, tmp_path/'x'), '--regions', tmp_path/'hw'/'regions', '--from-scratch', '--region-order', 'hw', '--dry-run', code=2)
+    with pytest.raises(ValueError, match='max_regions must be at least 1'): open_regions(photos/'regions.tsv').at([0], -1)
+
+
 def test_a_writer_that_was_killed_and_images_without_regions(photos, tmp_path):
     out = tmp_path/'run'
     (out/'.regions.abcd').mkdir(parents=True)

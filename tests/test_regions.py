@@ -1,5 +1,5 @@
 "Region features: every form there and back, files that are cut, changed or hostile, streams that stay small, a store that is whole or not there."
-import base64, json, os, pickle, shutil, signal, subprocess, sys, tracemalloc
+import base64, json, math, os, pickle, shutil, signal, subprocess, sys, tracemalloc
 import numpy as np
 import pytest
 import torch
@@ -10,7 +10,8 @@ from vlwb.data.inputs import WordTokenizer, make_loader
 from vlwb.data.pairs import Pairs
 from vlwb.data.regions import RegionPairs, RegionReader, Regions, RegionStore, TsvIndex, box_geometry, geometry_order, parse_labels, region_inputs, tsv_rows, write_store
 from vlwb.data.world import make_scenes
-from vlwb.models.regions import GridRegions, cells_with_boxes, grid_boxes
+from vlwb.data.inputs import ImageTransform
+from vlwb.models.regions import GridRegions, cells_with_boxes, grid_boxes, photo_regions
 from vlwb.models.towers import VisionConfig, vision_tower
 from vlwb.train.backbone import GridBackbone, scene_pixels
 
@@ -275,3 +276,49 @@ def test_grid_regions_keep_their_gradient_after_inference_and_on_meta():
     assert_close(x.grad, 2*x.detach())
     grid = GridRegions(vision_tower(VisionConfig(width=16, layers=1, heads=2))).requires_grad_(False)
     assert grid(torch.rand(1,3,32,32)).shape == (1, 16, grid.width) and not grid(torch.rand(1,3,32,32)).requires_grad
+
+
+def test_order_of_width_and_height(tmp_path):
+    "Six numbers in another order than was said, sizes the wrong way round, and what no box can tell."
+    wide = Regions(torch.rand(2, 3), torch.tensor([[5., 5., 300., 60.], [10., 30., 600., 200.]]), 640., 300., scores=torch.ones(2))
+    six = region_inputs(wide)
+    other = six[:,[0, 1, 2, 3 + 0, 4, 5, 6, 8, 7]]
+    for name, x in dict(right=six, other=other, none=torch.cat([six[:,:7], six[:,7:]/2], 1), square=torch.cat([torch.rand(1, 3), torch.tensor([[.1, .1, .4, .4, .3, .3]])], 1)).items(): write(tmp_path/f'{name}.tsv', [[b'7', b'%d' % len(x), packed(x)]])
+    for half, name in ((six.half(), 'half'), (other.half(), 'half_other')): write(tmp_path/f'{name}.tsv', [[b'7', b'2', packed(half)]])
+    read = lambda name, **kw: dict(RegionReader(tmp_path/f'{name}.tsv', **kw))['7']
+    assert_close(region_inputs(read('right')), six, **exactly); assert_close(region_inputs(read('other', order='hw')), other, **exactly)
+    assert_close(region_inputs(read('half', dim=9)), six, rtol=1e-2, atol=1e-3)
+    for name in ('right', 'other', 'none'): assert_close(region_inputs(read(name, geometry='recompute')), six)
+    for order in ('wh', 'hw'): assert read('square', order=order).geometry is not None                                       # either
+    for name, kw, word in (('other', {}, "other.tsv, row 1: .*height, width; order='hw'"), ('right', dict(order='hw'), "width, height; order='wh'"), ('none', {}, "geometry='recompute'"), ('half_other', dict(dim=9), "order='hw'")):
+        with pytest.raises(DataError, match=word): read(name, **kw)
+    name, w, h, *rest = row('7', wide, 'bottom-up')
+    write(tmp_path/'turned.tsv', [[name, h, w, *rest]])
+    with pytest.raises(DataError, match=r"turned.tsv, row 1: box 1 .* outside its image of 300 x 640 .*order='hw'"): read('turned')
+    assert_close(region_inputs(read('turned', order='hw')), six)
+    with pytest.raises(ValueError, match="order must be 'wh' or 'hw'"): RegionReader(tmp_path, order='h')
+    skipping = RegionReader(tmp_path/'other.tsv', on_error='skip')
+    assert list(skipping) == [] and len(skipping.problems) == 1
+
+
+def test_nothing_to_read_is_said(tmp_path):
+    (tmp_path/'empty.tsv').write_bytes(b''); (tmp_path/'heading.tsv').write_bytes(b'image_id\timage_w\timage_h\tnum_boxes\tboxes\tfeatures\n'); (tmp_path/'folder').mkdir()
+    for name in ('empty.tsv', 'heading.tsv', 'folder'):
+        with pytest.raises(DataError, match=f'{name} holds no regions'): list(RegionReader(tmp_path/name))
+    with pytest.raises(ValueError, match=r'features \(3, 2\) holds NaN or infinity, first of region 1'): Regions(torch.tensor([[0., 1.], [math.nan, 0.], [1., 1.]]), torch.zeros(3, 4))
+    store = write_store(tmp_path/'store', [('a', some_regions(3))])
+    for call in (lambda: store.at([0], -1), lambda: store.batch(['a'], max_regions=-1)):
+        with pytest.raises(ValueError, match='max_regions must be at least 1, got -1'): call()
+
+
+def test_photos_become_regions_in_their_order():
+    "Every image once, under its id, as the grid says it; whatever the batch."
+    pictures = (255*torch.rand(5, 40, 56, 3, generator=make_generator(0))).byte().numpy()
+    pairs = Pairs.from_arrays(pictures, [f'caption {i}' for i in range(5)], np.arange(5), image_ids=[f'photo {i}' for i in range(5)])
+    grid, seen = GridRegions(vision_tower(VisionConfig(image_size=32, patch_size=16, width=16, layers=1, heads=2, stem_channels=0))).eval(), ImageTransform(32, squash=True)
+    one, two = (list(photo_regions(pairs, grid, seen, batch_size=n)) for n in (5, 2))
+    assert [name for name, _ in one] == [name for name, _ in two] == pairs.image_ids
+    for i, ((_, a), (_, b)) in enumerate(zip(one, two)):
+        assert_close(region_inputs(a), region_inputs(b)); assert len(a) == 4 and (a.width, a.height) == (32, 32) and a.tags is None
+        with torch.no_grad(): assert_close(region_inputs(a), grid(seen(pairs.load_image(i))[None])[0])
+        assert geometry_order(region_inputs(a)[:,-6:]) == 'either' and a.boxes.amax() == 32

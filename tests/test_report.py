@@ -8,6 +8,7 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 from vlwb.viz import plots as P
+from vlwb.bench.browser import FLAGS, browser_missing, find_chromium
 from vlwb.viz.report import Plate, Table, plain, thumbnail, write_audit, write_report
 
 NASTY = '<script>alert("x")</script> & \'quotes\' "><img src=x onerror=alert(1)> $5 {{ 7*7 }}'
@@ -183,15 +184,14 @@ def test_any_text_becomes_drawable(text, width, lines):
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(), x, max_size=3), max_leaves=8))
 def test_plain_is_always_strict_json(value): json.dumps(plain(value), allow_nan=False).encode('utf-8')
 
+@pytest.mark.browser
 def test_pages_in_a_browser(tmp_path):
-    sync = pytest.importorskip('playwright.sync_api', reason='pip install playwright for the browser tests')
-    chromium = shutil.which('chromium') or shutil.which('chromium-browser')
-    if chromium is None: pytest.skip('no Chromium found: apt-get install chromium')
+    if missing := browser_missing(): pytest.skip(missing)
+    from playwright import sync_api as sync
     make_report(tmp_path); make_audit(tmp_path); found = []
     def look(): # playwright's sync interface wants a thread without an event loop
-        flags = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync']
         with sync.sync_playwright() as play:
-            browser = play.chromium.launch(executable_path=chromium, args=flags)
+            browser = play.chromium.launch(executable_path=find_chromium(), args=FLAGS)
             for name in ('report', 'audit'):
                 for scheme, width in (('light', 1200), ('dark', 400)):
                     page = browser.new_page(viewport=dict(width=width, height=800), color_scheme=scheme); noise = []

@@ -290,7 +290,7 @@ def test_options_that_contradict_each_other(folder):
     said = lambda *arguments: str(CliRunner().invoke(app, ['train', *map(str, arguments)]).exception)
     assert 'PAIRS does not go with --preset' in said('pairs.csv', '--preset', 'tiny', '--data', folder)
     assert '--hidden, --lr does not go' in said('--preset', 'tiny', '--data', folder, '--hidden', 3, '--lr', .1)
-    assert '--queue-size goes with --preset NAME only' in said('pairs.csv', '--queue-size', 3)
+    assert '--scale-steps goes with --preset NAME only' in said('pairs.csv', '--scale-steps', .5)
     assert 'needs --data' in said('--preset', 'tiny') and 'say what to train on' in said()
     assert 'no preset' in said('--preset', 'huge', '--data', folder) and 'tiny-scenes' in said('--preset', 'tiny', '--data', 'scenes')
     assert "one of srcl, infonce, albef, removal, got 'gist'" in said('--preset', 'tiny', '--data', folder, '--loss', 'gist')

@@ -129,8 +129,6 @@ def test_recipes_give_the_features_back_and_no_masked_negative_is_a_parent(situa
     who = torch.arange(len(anchors))[:, None, None].expand_as(there)
     assert usable(mask, weights, config)[who[there], made.parents[there]].all()
     assert (made.mixing[~there] == 0).all() and (there.any(2) == made.found).all() and (made.anchor_mix[~made.found] == 0).all()
-    log_w = made.log_weights(0.7)
-    assert (log_w.isneginf() == ~made.found).all() and not made.log_weights(0.7, leave_out=made.found).isfinite().any()
 
 
 @settings(max_examples=40, deadline=None)
@@ -285,7 +283,7 @@ def test_nothing_to_use(strategy):
     s = len(config.kinds)
     for negatives, mask in ((n, torch.zeros(3, 5, dtype=torch.bool)), (n[:0], None), (n[:0], torch.zeros(3, 0, dtype=torch.bool))):
         made = synthesise(a, negatives, mask, config, generator=make_generator(0))
-        assert made.features.shape == (3, s, 4) and not made.found.any() and (made.parents == -1).all() and made.log_weights().isneginf().all()
+        assert made.features.shape == (3, s, 4) and not made.found.any() and (made.parents == -1).all()
         assert synthesis_summary(made, a, torch.zeros(3))['all']['missing'] == 3*s and parents_mean(made, torch.zeros(3, len(negatives))).isnan().all()
     assert synthesise(a[:0], n, None, config, generator=make_generator(0)).features.shape == (0, s, 4)
     alone = synthesise(a[:1], n[:1], torch.zeros(1, 1, dtype=torch.bool), config, generator=make_generator(0))
@@ -307,14 +305,58 @@ def test_in_the_cost():
     a, b = units(0, 8, 6), units(1, 8, 6)
     made = synthesise(a, b, ~torch.eye(8, dtype=torch.bool), SynthesisConfig(hardest=4, strata=2))
     real = 10 * a @ b.T
-    def cost(log_w): return (torch.cat([real, 10 * made.similarity(a) + log_w], 1).logsumexp(1) - real.diagonal()).mean()
+    def cost(made, anchors, real, weight): return (torch.cat([real, 10 * made.similarity(anchors) + math.log(weight)], 1).logsumexp(1) - real.diagonal()).mean()
     plain = -real.log_softmax(1).diagonal().mean()
-    assert_close(cost(made.log_weights(0.)), plain); assert_close(cost(made.log_weights(1., leave_out=made.found)), plain)
-    assert cost(made.log_weights(0.5)) > plain
+    other = -real.T.log_softmax(1).diagonal().mean()
+    for kw in (dict(synthetic_weight=0.), dict(synthetic_text_found=torch.zeros_like(made.found))): assert_close(itcontrast(a, b, 10., synthetic_texts=made.features, **kw), (plain + other) / 2)
+    assert made.found.all() and cost(made, a, real, 0.5) > plain
     back = synthesise(b, a, ~torch.eye(8, dtype=torch.bool), SynthesisConfig(hardest=4, strata=2))
     both = itcontrast(a, b, 10., synthetic_texts=made.features, synthetic_images=back.features, synthetic_text_found=made.found, synthetic_image_found=back.found, synthetic_weight=0.5)
-    other = (torch.cat([real.T, 10 * back.similarity(b) + back.log_weights(0.5)], 1).logsumexp(1) - real.diagonal()).mean()
-    assert_close(both, (cost(made.log_weights(0.5)) + other) / 2)
+    assert_close(both, (cost(made, a, real, 0.5) + cost(back, b, real.T, 0.5)) / 2)
+
+
+def test_from_a_batch_a_queue_and_a_mined_pool():
+    "Material of three kinds below each other is one set of negatives; own rows never enter, whichever part they lie in; a pool of all that there is gives what the whole set gives."
+    from vlwb.negatives.both_ways import MinedPool, Pool, synthesise_both_ways
+    images, texts, owner = units(0, 20, 6), units(1, 60, 6), torch.arange(60) % 20
+    ids = torch.arange(0, 20, 3); index = ids + 20                                                     # a batch: 7 images with their second captions
+    config = SynthesisConfig(hardest=12, strata=3)
+    queue = dict(image_queue=units(2, 9, 6), text_queue=units(3, 9, 6), queue_ids=torch.arange(9))
+    mined = MinedPool(20, 60, 6, 5).double().mine_(images, texts, owner)
+    for anchor, row in enumerate(mined.texts_of_images.tolist()):                                       # a plain sort
+        assert row == [j for j in (images[anchor] @ texts.T).argsort(descending=True).tolist() if owner[j] != anchor][:5]
+    rows = mined.of_batch(ids, index)
+    assert not set(rows[0].tolist()) & set(index.tolist()) and not set(rows[1].tolist()) & set(ids.tolist())
+    assert set(rows[0].tolist()) | set(index.tolist()) >= set(mined.texts_of_images[ids].flatten().tolist())
+    pools = Pool(mined.text_features[rows[0]], owner[rows[0]]), Pool(mined.image_features[rows[1]], rows[1])
+    made = synthesise_both_ways(images[ids], texts[index], ids, config, queue=queue, pools=pools)
+    for one, anchors, other, pool, name in ((made.of_images, images[ids], texts[index], pools[0], 'text_queue'), (made.of_texts, texts[index], images[ids], pools[1], 'image_queue')):
+        laid, whose = torch.cat([other, pool.features, queue[name]]), torch.cat([ids, pool.ids, queue['queue_ids']])
+        assert_close(one.features, synthesise(anchors, laid, ids[:, None] != whose, config).features, rtol=0, atol=0)
+        assert (whose[one.parents] != ids[:, None, None])[one.parents >= 0].all()
+        assert {'batch', 'pool', 'queue'} == {'batch' if j < 7 else 'pool' if j < 7 + len(pool.ids) else 'queue' for j in one.parents.unique().tolist() if j >= 0}
+    hard = synthesise_both_ways(images[ids], texts[index], ids, SynthesisConfig(hardest=4, strata=4), pools=tuple(Pool(f[r], w[r]) for f, r, w in zip((texts, images), (MinedPool(20, 60, 6, 4).double().mine_(images, texts, owner)).of_batch(ids, index), (owner, torch.arange(20)))))
+    whole = synthesise(images[ids], texts, ids[:, None] != owner, SynthesisConfig(hardest=4, strata=4))
+    assert_close(hard.of_images.features, whole.features)                                               # K mined for a profile of K: the hardest of the whole set
+
+
+def test_confirmed_matches_are_not_mined_and_take_no_place():
+    from vlwb.negatives.both_ways import MinedPool
+    images, texts, owner = units(0, 8, 5), units(1, 24, 5), torch.arange(24) // 3
+    known = torch.rand(8, 24, generator=make_generator(2)) < .3
+    mined = MinedPool(8, 24, 5, 30).double().mine_(images, texts, owner, known=lambda i, j: known[i][:, j])
+    for anchor, row in enumerate(mined.texts_of_images): assert sorted(row[row >= 0].tolist()) == [j for j in range(24) if owner[j] != anchor and not known[anchor, j]]
+    for caption, row in enumerate(mined.images_of_texts): assert sorted(row[row >= 0].tolist()) == [i for i in range(8) if owner[caption] != i and not known[i, caption]]
+    with pytest.raises(ValueError, match='k must be'): MinedPool(8, 24, 5, 0)
+
+
+def test_an_index_of_faiss_mines_the_same():
+    pytest.importorskip('faiss')
+    from vlwb.negatives.both_ways import MinedPool
+    images, texts, owner = units(0, 30, 6, dtype=torch.float32), units(1, 60, 6, dtype=torch.float32), torch.arange(60) // 2
+    exact, flat, graph = (MinedPool(30, 60, 6, 4).mine_(images, texts, owner, backend=b, index=i) for b, i in (('exact', 'Flat'), ('faiss', 'Flat'), ('faiss', 'HNSW16')))
+    assert exact.texts_of_images.equal(flat.texts_of_images) and exact.images_of_texts.equal(flat.images_of_texts)
+    assert (graph.texts_of_images >= 0).all() and (owner[graph.texts_of_images.long()] != torch.arange(30)[:, None]).all()
 
 
 def test_uniform_noise_is_what_gumbel_noise_is_made_of():
@@ -341,6 +383,50 @@ def test_arguments_that_are_refused():
         with pytest.raises(ValueError): synthesise(x, y)
     made = synthesise(a, n)
     with pytest.raises(ValueError, match='positive_similarity'): made.passing(a, torch.zeros(3, 1))
-    with pytest.raises(ValueError, match='weight'): made.log_weights(math.inf)
-    with pytest.raises(ValueError, match='leave_out'): made.log_weights(1., leave_out=torch.ones(3, 1))
     with pytest.raises(ValueError, match='values'): parents_mean(made, torch.zeros(3, 2))
+
+
+# Pictures -------------------------------------------------------------------------------------------------------------------------------------------
+
+def test_a_plane_stays_where_it_was_laid(monkeypatch):
+    "Principal components are those of the singular values; UMAP, which notebook 71 runs, gets its settings."
+    import sys, types
+    from vlwb.viz.synthesis import Projection
+    x, y = units(0, 40, 8, dtype=torch.float32), units(1, 2, 3, 8, dtype=torch.float32)
+    plane = Projection(x)
+    before, centred = plane.transform(x), x.numpy() - x.numpy().mean(0)
+    assert before.shape == (40, 2) and plane.transform(y).shape == (2, 3, 2) and plane.transform(y[:0]).shape == (0, 3, 2)
+    np.testing.assert_allclose(plane.transform(y), np.stack([plane.transform(z) for z in y]), atol=1e-5)
+    np.testing.assert_allclose(plane.transform(x), before, atol=1e-6)                                    # drawing others moved nothing
+    np.testing.assert_allclose((before**2).sum(0), np.linalg.svd(centred, compute_uv=False)[:2]**2, rtol=1e-4)
+    asked = []
+    class UMAP:
+        def __init__(self, **kw): asked.append(kw)
+        def fit(self, x): return self
+        def transform(self, x): return x[:, :2]
+    monkeypatch.setitem(sys.modules, 'umap', types.SimpleNamespace(UMAP=UMAP))
+    assert Projection(x[:6], 'umap', seed=3, neighbours=9).transform(y).shape == (2, 3, 2) and asked == [dict(n_neighbors=5, metric='cosine', random_state=3)]
+    for bad, word in ((x[:2], 'at least three rows'), (x[:, :1], 'D at least 2'), (x * math.nan, 'NaN or infinity'), (x[0], 'at least three rows')):
+        with pytest.raises(ValueError, match=word): Projection(bad)
+    with pytest.raises(ValueError, match='width 8'): plane.transform(x[:, :3])
+    with pytest.raises(ValueError, match="'pca' or 'umap'"): Projection(x, 'tsne')
+
+
+@pytest.mark.parametrize('strategy', STRATEGIES)
+def test_a_picture_shows_what_a_synthetic_is_made_of(strategy):
+    "As many lines as parents with a share, every kind in the legend; text when there is nothing to show."
+    import matplotlib; matplotlib.use('Agg')
+    from vlwb.viz.synthesis import Projection, plot_synthesis
+    a, n = units(0, 2, 8, dtype=torch.float32), units(1, 30, 8, dtype=torch.float32)
+    made = synthesise(a, n, torch.tensor([[True], [False]]).expand(2, 30), SynthesisConfig(strategy, hardest=6, strata=2, mixed=3, with_anchor=2, each=1), generator=make_generator(0))
+    plane = Projection(n)
+    draw = lambda i, **kw: plot_synthesis(plane.transform(a[i]), plane.transform(a[i]), plane.transform(n), plane.transform(made.features[i]), made.kind, made.parents[i], made.mixing[i], made.found[i], torch.arange(30) % 7 == 0, **kw)
+    fig = draw(0, title='one anchor')
+    ax = fig.axes[0]
+    shares = ((made.parents[0] >= 0) & (made.mixing[0] != 0)).sum(1)
+    assert len(ax.lines) == int(shares.clamp(max=12).sum()) and len(draw(0, most_lines=1).axes[0].lines) == int((shares > 0).sum())
+    shown = [t.get_text() for t in fig.legends[0].get_texts()]
+    assert set(dict.fromkeys(made.kind)) | {'anchor', 'its positive'} <= set(shown) and 'one anchor' in (ax.get_title(), ax.get_title('left'))
+    assert f'{len(made.kind)} synthetics' in fig.alt
+    empty = draw(1)
+    assert 'too few negatives' in ' '.join(t.get_text() for t in [*empty.texts, *(t for x in empty.axes for t in x.texts)])

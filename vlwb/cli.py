@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'Source', 'Images', 'Format', 'Split', 'NoImages', 'Skip', 'Kind', 'Vision', 'Text', 'Clip', 'main',
-           'print_table', 'demo', 'audit', 'train', 'evaluate', 'bench']
+           'print_table', 'demo', 'audit', 'train', 'evaluate', 'lab', 'bench']
 
 # %% ../nbs/85_cli.ipynb #026f0977
 import json, os, sys
@@ -80,7 +80,7 @@ def _repeat(pairs, images, format, split, skip_bad):
     given = [('--images', images), ('--format', format if format != 'auto' else None), ('--split', split)]
     return ' '.join([str(pairs), *(f'{k} {v}' for k, v in given if v is not None), *(['--skip-bad'] if skip_bad else [])])
 
-# %% ../nbs/85_cli.ipynb #121e9457
+# %% ../nbs/85_cli.ipynb #12655e13
 @app.command(epilog='Examples:  vlwb audit captions.jsonl --out audit   |   vlwb audit dataset_coco.json --images coco --split val --out audit   |   vlwb audit features.npz --out audit')
 def audit(
     pairs:Source,
@@ -106,9 +106,9 @@ def audit(
     if s['expected_in_a_batch']:
         print_table([{'batch': e['batch'], 'suspects expected': f"{e['suspects']:,.1f}", 'per image': f"{e['per_anchor']:.3f}"} for e in s['expected_in_a_batch']], f"{s['images']:,} images, {s['captions']:,} captions; a suspect scores at least {s['threshold']:.3f}")
     typer.echo(f"{s['suspects_listed']} suspects in {out/'suspects.jsonl'}, with pictures in {out/'audit.html'}.")
-    typer.echo(f"Next: review the list (delete lines, or give them \"verdict\": \"no match\"), then  vlwb train {_repeat(pairs, images, format, split, skip_bad)} --known {out/'suspects.jsonl'}")
+    typer.echo(f"Next: review the list in JupyterLab (vlwb lab):  Reviewer({str(out)!r}, ...);  then  vlwb train {_repeat(pairs, images, format, split, skip_bad)} --known {out/'verdicts.jsonl'}")
 
-# %% ../nbs/85_cli.ipynb #14a06bc4
+# %% ../nbs/85_cli.ipynb #14cc259e
 _panel = 'Synthetic negatives'
 
 @app.command(epilog='Examples:  vlwb train captions.jsonl --images photos --out run --loss srcl --aux-steps 200   |   vlwb train features.npz --out run   |   vlwb train --preset coco --data coco --dry-run   |   vlwb train --preset oscar-tiny --data photos --regions grid --vision vit --from-scratch')
@@ -148,6 +148,15 @@ def train(
     gate:Annotated[float, typer.Option(min=0., help="itcontrast, mochi, synco: negatives whose SRCL weight is below this are suspects and make no synthetic; 0 gates none.", rich_help_panel=_panel)]=0.,
     intra_weight:Annotated[float, typer.Option(min=0., help="itcontrast, mochi, synco: weight of the anchor's own modality as further negatives.", rich_help_panel=_panel)]=0.,
     regulated:Annotated[bool, typer.Option('--regulated', help="itcontrast, mochi, synco: SRCL's weights on the real negatives.", rich_help_panel=_panel)]=False,
+    damp:Annotated[bool, typer.Option(' /--no-damp', help="itcontrast, mochi, synco, with --gate: weights that pass the gate do not count in the synthesis any more.", rich_help_panel=_panel)]=True,
+    detach:Annotated[bool, typer.Option(' /--attach', help='itcontrast, mochi, synco: the gradient goes through the synthetics too, into what they are made of.', rich_help_panel=_panel)]=True,
+    mixed:Annotated[int, typer.Option(min=0, help='mochi: how many mixtures of two negatives.', rich_help_panel=_panel)]=16,
+    with_anchor:Annotated[int, typer.Option(min=0, help='mochi: how many mixtures of a negative and the anchor.', rich_help_panel=_panel)]=8,
+    each:Annotated[Optional[int], typer.Option(min=0, help='synco: how many of each of its six kinds; by itself 16 of the first three and 4 of the others.', rich_help_panel=_panel)]=None,
+    mined:Annotated[int, typer.Option(min=0, help='itcontrast, mochi, synco: so many of the hardest negatives that the whole training set has for an image or caption are material beside the batch; 0 mines none.', rich_help_panel=_panel)]=0,
+    mined_every:Annotated[int, typer.Option(min=0, help='Steps after which the set is encoded and mined again; 0: once, at the start.', rich_help_panel=_panel)]=100,
+    miner:Annotated[str, typer.Option(help="exact, faiss (extra faiss), or faiss:HNSW32 with the name of one of its indexes.", rich_help_panel=_panel)]='exact',
+    queue_size:Annotated[Optional[int], typer.Option(min=1, help="Earlier pairs, as a momentum model saw them, that are further negatives (itcontrast, mochi, synco; and material for their synthetics) or, with the batch as that model sees it, the candidates (infonce, srcl, removal). Less than half of the set.", rich_help_panel='Queue')]=None,
     hidden:Annotated[int, typer.Option(min=0, help='Width of a layer between frozen features and projections; 0 for none.')]=0,
     projection_dim:Annotated[int, typer.Option(min=1, help='Width of the shared space.')]=256,
     checkpoint_every:Annotated[int, typer.Option(min=0, help='Steps between checkpoints; 0: only at the end.')]=200,
@@ -160,27 +169,28 @@ def train(
     from_scratch:Annotated[bool, typer.Option('--from-scratch', help="Fresh weights of the preset's sizes; words learned from the captions.", rich_help_panel='Training in stages')]=False,
     stop_after:Annotated[Optional[str], typer.Option(help='aux, pretrain or finetune; the same command without it goes on.', rich_help_panel='Training in stages')]=None,
     scale_steps:Annotated[float, typer.Option(help='Length of every stage, as a multiple of the preset: 0.1 for a tenth.', rich_help_panel='Training in stages')]=1.,
-    queue_size:Annotated[Optional[int], typer.Option(min=1, help='Pairs in the queue; less than half of the set.', rich_help_panel='Training in stages')]=None,
     regions:Annotated[Optional[str], typer.Option(help="Of an OSCAR: a detector's regions, as a store, a .tsv, a .pt or a folder with a file an image; or grid, the patches that the tower of --vision cuts the photos into, which is no detector.", rich_help_panel='Training in stages')]=None,
     region_labels:Annotated[Optional[Path], typer.Option(help='Object tags of the regions, where they are in a file of their own (.tsv or .pt).', rich_help_panel='Training in stages')]=None,
+    region_order:Annotated[Optional[str], typer.Option(help='What comes first in the files of regions: wh, width, or hw, height.', rich_help_panel='Training in stages')]=None,
+    max_regions:Annotated[Optional[int], typer.Option(min=1, help='Regions of an image that are read, the first of its file; by itself 50.', rich_help_panel='Training in stages')]=None,
     start:Annotated[Optional[Path], typer.Option(help='Of an OSCAR: checkpoint of OSCAR, VinVL or BERT, or a run of vlwb train, that it starts from; its tokeniser beside it, or named by --text.', rich_help_panel='Training in stages')]=None,
 ):
     "Train a dual encoder on your own pairs or features, or an ALBEF or OSCAR in stages (--preset). With accelerate launch ... -m vlwb.cli train --preset ... several processes share each batch."
     given = {name for name in context.params if context.get_parameter_source(name).name == 'COMMANDLINE'}
     _check_together(given)
-    synthesis = dict(hardest=hardest, strata=strata, hardness_temperature=hardness_temperature, gate=gate)
+    synthesis = dict(hardest=hardest, strata=strata, hardness_temperature=hardness_temperature, gate=gate, damp=damp, detach=detach, mixed=mixed, with_anchor=with_anchor) | (dict(each=each) if each is not None else {})
     contrast = dict(name=loss, similarity_temperature=similarity_temperature, norm=norm, delta=delta, threshold=threshold, multi_positive=multi_positive, synthetic_weight=synthetic_weight, intra_weight=intra_weight, regulated=regulated)
     _check_synthesis(given, loss, preset)
     if preset is not None:
         chosen = _chosen(given, contrast | dict(queue_size=queue_size), synthesis, dict(device=device, checkpoint_every=checkpoint_every)) | dict(scale=scale_steps, batch_size=batch_size if 'batch_size' in given else None, seed=seed)
-        return _train_preset(preset, data, out, chosen, dry_run, stop_after, dict(vision=vision, text=text, from_scratch=from_scratch, on_error='skip' if skip_bad else 'raise', regions=regions, labels=region_labels, start=start))
+        return _train_preset(preset, data, out, chosen, dry_run, stop_after, dict(vision=vision, text=text, from_scratch=from_scratch, on_error='skip' if skip_bad else 'raise', regions=regions, labels=region_labels, order=region_order, max_regions=max_regions, start=start))
     from vlwb.negatives.synthesis import SynthesisConfig
     from vlwb.train.loop import TrainConfig
     from vlwb.train.objectives import LossConfig
     from vlwb.train.recipe import Recipe
     from vlwb.workflows import InputConfig, train_pairs
-    own = dict(alpha_start=0., alpha_end=0.) if aux_steps == 0 else {}
-    chosen = LossConfig(**contrast, guide_margin=guide_margin, soft_weight=soft_weight, soft_scale=soft_scale, tau_plus=tau_plus, beta=beta, consistency=consistency, margin=margin,
+    own = (dict(alpha_start=0., alpha_end=0.) if aux_steps == 0 else {}) | _queued(loss, queue_size)
+    chosen = LossConfig(**contrast, mined=mined, mined_every=mined_every, miner=miner, guide_margin=guide_margin, soft_weight=soft_weight, soft_scale=soft_scale, tau_plus=tau_plus, beta=beta, consistency=consistency, margin=margin,
                         synthesis=SynthesisConfig(**synthesis), seed=seed, **own)
     recipe = Recipe(chosen,
                     TrainConfig(steps=steps, lr=lr, seed=seed, micro_batch=micro_batch, device=device, checkpoint_every=checkpoint_every), aux_steps)
@@ -190,12 +200,14 @@ def train(
     typer.echo(f"Trained {done.log[-1]['step']} steps, last loss {done.log[-1]['loss']:.3f}. Model, log and checkpoint are in {out}.")
     typer.echo(f'Next: vlwb eval {out} {_repeat(pairs, images, format, split, skip_bad)}   (better: on a split or a file that it was not trained on)')
 
-# %% ../nbs/85_cli.ipynb #16af5f19
-_of_presets = 'data', 'dry_run', 'from_scratch', 'stop_after', 'scale_steps', 'queue_size', 'regions', 'region_labels', 'start'
-_synthesised = 'synthetic_weight', 'hardest', 'strata', 'hardness_temperature', 'gate', 'intra_weight', 'regulated'
-_of_both = 'preset', 'out', 'loss', 'vision', 'text', 'batch_size', 'seed', 'similarity_temperature', 'norm', 'delta', 'threshold', 'multi_positive', 'checkpoint_every', 'device', 'skip_bad', *_synthesised
+# %% ../nbs/85_cli.ipynb #16d3b5e3
+_of_presets = 'data', 'dry_run', 'from_scratch', 'stop_after', 'scale_steps', 'regions', 'region_labels', 'region_order', 'max_regions', 'start'
+_synthesised = 'synthetic_weight', 'hardest', 'strata', 'hardness_temperature', 'gate', 'damp', 'detach', 'mixed', 'with_anchor', 'each', 'intra_weight', 'regulated'
+_mined = 'mined', 'mined_every', 'miner'                                        # of pairs alone
+_spelled = dict(pairs='PAIRS', damp='--no-damp', detach='--attach')
+_of_both = 'preset', 'out', 'loss', 'vision', 'text', 'batch_size', 'seed', 'similarity_temperature', 'norm', 'delta', 'threshold', 'multi_positive', 'checkpoint_every', 'device', 'skip_bad', 'queue_size', *_synthesised
 
-def _option(names): return ', '.join('PAIRS' if n == 'pairs' else '--' + n.replace('_', '-') for n in sorted(names))
+def _option(names): return ', '.join(_spelled.get(n, '--' + n.replace('_', '-')) for n in sorted(names))
 
 def _check_together(given):
     "A clear word on options that contradict each other."
@@ -215,10 +227,18 @@ def _chosen(given, contrast, synthesis, run):
 
 def _check_synthesis(given, loss, preset):
     "A clear word on options of a loss that is not the one chosen."
-    of_oscar, wrong = preset is not None and preset.startswith('oscar'), given & set(_synthesised)
+    of_oscar, wrong = preset is not None and preset.startswith('oscar'), given & {*_synthesised, *_mined}
     loss = 'itcontrast' if of_oscar and 'loss' not in given else loss
     if wrong and loss not in _oscar[:3]: raise ValueError(f'{_option(wrong)} goes with --loss itcontrast, mochi or synco' + (', which a preset of an ALBEF has not' if preset is not None and not of_oscar else ''))
-    if (wrong := wrong & {'strata', 'hardness_temperature'}) and loss != 'itcontrast': raise ValueError(f'{_option(wrong)} goes with --loss itcontrast')
+    for name, own in dict(itcontrast={'strata', 'hardness_temperature'}, mochi={'mixed', 'with_anchor'}, synco={'each'}).items():
+        if wrong & own and loss != name: raise ValueError(f'{_option(wrong & own)} goes with --loss {name}')
+    if wrong & {'mined_every', 'miner'} and 'mined' not in wrong: raise ValueError(f'{_option(wrong & {"mined_every", "miner"})} says how --mined is done: give that too')
+
+def _queued(loss, queue_size):
+    "Fields of a loss with a queue, of a dual encoder."
+    if queue_size is None: return {}
+    if loss not in (*_oscar[:3], *_albef): raise ValueError(f'--queue-size goes with --loss {", ".join((*_oscar[:3], *_albef))}, got {loss!r}')
+    return dict(queue_size=queue_size) | (dict(candidates='momentum') if loss in _albef else {})
 
 _albef, _oscar = ('srcl', 'infonce', 'albef', 'removal'), ('itcontrast', 'mochi', 'synco', 'infonce', 'srcl', 'removal', 'dcl', 'hcl', 'cyclip', 'vse', 'vse_sum')       # losses of presets, their own first
 
@@ -316,18 +336,35 @@ def _beside_the_paper(pairs, out, rerank):
     ours = {'this run': out['strict']} | ({f'this run, {rerank} re-ranked': found} if (found := out.get(f'strict, first {rerank} re-ranked')) else {})
     print_table([{k: v if isinstance(v, str) else f'{v:.1f}' for k, v in row.items()} for row in results_table(ours, known).to_dict('records')], f'{known}, fine-tuned: the rows of the paper are its own, after re-ranking')
 
-# %% ../nbs/85_cli.ipynb #20c160f4
+# %% ../nbs/85_cli.ipynb #208f542c
+@app.command(epilog='Examples:  vlwb lab   |   vlwb lab work   |   vlwb lab --app')
+def lab(
+    folder:Annotated[Path, typer.Argument(help='Where to work; the tour is copied there, once.')]=Path('.'),
+    as_app:Annotated[bool, typer.Option('--app', help='Serve the tour as a page without code (extra app).')]=False,
+    port:Annotated[Optional[int], typer.Option(help="The server's port.")]=None,
+    browser:Annotated[bool, typer.Option(help='Open a browser.')]=True,
+    dry_run:Annotated[bool, typer.Option('--dry-run', help='Say what would be run, and stop.')]=False,
+):
+    "Open JupyterLab at the guided tour."
+    from vlwb.lab import lab_command
+    command = lab_command(folder, as_app, port, browser)
+    typer.echo(' '.join(command))
+    if dry_run: return
+    import subprocess
+    raise typer.Exit(subprocess.run(command).returncode)
+
+# %% ../nbs/85_cli.ipynb #221a680c
 @app.command(epilog='Examples:  vlwb bench losses   |   vlwb bench retrieval   |   vlwb bench imports --json')
 def bench(
-    name:Annotated[str, typer.Argument(help='losses, rerank, mining, retrieval, scenes or imports.')],
+    name:Annotated[str, typer.Argument(help='losses, rerank, mining, widgets, retrieval, scenes or imports.')],
     as_json:Annotated[bool, typer.Option('--json', help='Print JSON.')]=False,
     tiny:Annotated[bool, typer.Option('--tiny', help='A size for trying out; its figures mean nothing.')]=False,
 ):
     "Measure against a named peer and the arithmetic floor, in one run."
     from vlwb.bench.measure import as_json as to_json, as_table
-    from vlwb.bench.suite import run_bench
+    from vlwb.bench.run import run_bench
     rows = run_bench(name, tiny=tiny)
     typer.echo(to_json(rows) if as_json else as_table(rows))
 
-# %% ../nbs/85_cli.ipynb #32454fe4
+# %% ../nbs/85_cli.ipynb #36454fe4
 if __name__ == '__main__' and __package__ == 'vlwb': main()

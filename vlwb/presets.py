@@ -147,7 +147,7 @@ def _starting(preset, fresh, special, size):
         return model
     return towers
 
-# %% ../nbs/84_presets.ipynb #15a34ad1
+# %% ../nbs/84_presets.ipynb #151f0214
 def prepare(
     preset:Preset, # what is to be trained
     source:str|Path, # a folder, see above, or 'scenes'
@@ -159,14 +159,16 @@ def prepare(
     *,
     regions:str|Path|None=None, # of an OSCAR: a store, a .tsv, a .pt or a folder of a detector's regions; 'grid' for the patches of the tower that vision names
     labels:str|Path|None=None, # tags of those regions, where they are in a file of their own
+    order:str|None=None, # and what comes first in those files, 'wh' (width, when None) or 'hw'
+    max_regions:int|None=None, # and how many regions of an image are read, the first of the file; 50 when None
     start:str|Path|None=None, # of an OSCAR: folder or file of the checkpoint that it starts from
     folder:str|Path|None=None, # of an OSCAR: the run's, in which regions become a store
 )->Prepared: # ready to run
     "Read the data and find the weights that a preset starts from."
     scenes, oscar = str(source).split(':')[0] == 'scenes', isinstance(preset.model, OscarConfig)
-    if given := [n for n, v in dict(regions=regions, labels=labels, start=start).items() if v is not None and (scenes or not oscar)]:
+    if given := [n for n, v in dict(regions=regions, labels=labels, order=order, max_regions=max_regions, start=start).items() if v is not None and (scenes or not oscar)]:
         raise ValueError(f"{', '.join(given)}: " + ('the scenes world brings its own regions and starts from fresh weights' if scenes else f'{preset.name} trains an ALBEF; regions and checkpoints of OSCAR go with {", ".join(n for n, p in PRESETS.items() if isinstance(p.model, OscarConfig))}'))
-    if oscar and not scenes: return _prepare_oscar(preset, source, vision, text, from_scratch, on_error, rehearsal, regions, labels, start, folder)
+    if oscar and not scenes: return _prepare_oscar(preset, source, vision, text, from_scratch, on_error, rehearsal, regions, RegionConfig(max_regions=50 if max_regions is None else max_regions, labels=labels and str(labels), order=order or 'wh'), start, folder, max_regions)
     if bool(vision or preset.vision) != bool(text or preset.text): raise ValueError('vision and text go together: name both towers, or neither')
     preset, notes = replace(preset, vision=vision or preset.vision, text=text or preset.text), []
     if scenes: return _prepare_scenes(preset, str(source))
@@ -266,7 +268,7 @@ def train_preset(
     write_atomic(out/'results.json', json.dumps(found, indent=2))
     return done, found
 
-# %% ../nbs/84_presets.ipynb #29a4da09
+# %% ../nbs/84_presets.ipynb #295777de
 def _rows_wanted(reader, parts):
     "The regions of a file that the captions are about, by any of the names that they may go by."
     wanted = {name for p in parts for i in p.image_ids for name in region_names(i)}
@@ -291,8 +293,8 @@ def _regions(parts, config, source, on_error, rehearsal, folder, device):
         photos, (grid, seen) = Photos(parts), grid_tower(config, device)
         about = dict(source='grid', vision=Path(config.vision).name, weights=fingerprint_of(grid, asdict(seen)), image_size=seen.size, images=[fingerprint(p) for p in parts])
         return _write_regions(folder, about, lambda: tqdm(photo_regions(photos, grid, seen), 'regions of a grid', photos.num_images, disable=None)), []
-    if rehearsal or (Path(source)/'store.json').is_file(): return open_regions(source, config.labels), []
-    reader, about = RegionReader(source, config.labels, on_error=on_error), dict(source=Path(source).name, content=_content(source), labels=config.labels and _content(config.labels), images=[fingerprint(p) for p in parts])
+    if rehearsal or (Path(source)/'store.json').is_file(): return open_regions(source, config.labels, config.order), []
+    reader, about = RegionReader(source, config.labels, order=config.order, on_error=on_error), dict(source=Path(source).name, content=_content(source), labels=config.labels and _content(config.labels), images=[fingerprint(p) for p in parts]) | (dict(order=config.order) if config.order != 'wh' else {})
     return _write_regions(folder, about, lambda: tqdm(_rows_wanted(reader, parts), 'regions', disable=None)), reader.problems.messages
 
 def _any_tags(store, most=512):
@@ -367,7 +369,7 @@ def load_start(
     if len(tokenizer) > model.config.vocab_size: raise DataError(f'{start}: its vocabulary has {model.config.vocab_size} tokens and the tokeniser {len(tokenizer)}; name its own (--text)')
     return model, fresh
 
-# %% ../nbs/84_presets.ipynb #32dae0d1
+# %% ../nbs/84_presets.ipynb #32c938ee
 def _check_oscar(preset, regions, vision, start, from_scratch, rehearsal):
     "A clear word on what is missing or contradicts itself."
     if preset.model.grid_side: raise ValueError(f'{preset.name} sees the scenes world through its frozen backbone: use --data scenes, or the preset oscar-tiny for regions of pictures')
@@ -376,13 +378,14 @@ def _check_oscar(preset, regions, vision, start, from_scratch, rehearsal):
     if start is not None and from_scratch: raise ValueError('--from-scratch starts from no checkpoint: leave --start out')
     if start is None and not from_scratch and not rehearsal: raise ValueError(f'{preset.name} starts from a checkpoint of OSCAR, VinVL or BERT (--start FOLDER), or from fresh weights (--from-scratch)')
 
-def _prepare_oscar(preset, source, vision, text, from_scratch, on_error, rehearsal, regions, labels, start, folder):
+def _prepare_oscar(preset, source, vision, text, from_scratch, on_error, rehearsal, regions, config, start, folder, max_regions):
     "The captions of a folder, the regions of their images, and the model to start with."
     _check_oscar(preset, regions, vision, start, from_scratch, rehearsal)
     grid = str(regions) == 'grid'
     data = read_training_data(source, on_error, None if grid else False)
     data = data if 'aux' in preset.stages else data._replace(aux=data.finetune)
-    config = RegionConfig('grid' if grid else 'store', vision, labels=labels and str(labels))
+    if grid and (config.order != 'wh' or max_regions): raise ValueError('order and max_regions are of a detector\'s regions: a grid is read whole')
+    labels, config = config.labels, replace(config, source='grid' if grid else 'store', vision=vision)
     store, left_out = _regions(list({id(p): p for p in data if p is not None}.values()), config, regions, on_error, rehearsal, folder, next(iter(preset.stages.values())).train.device)
     if on_error == 'skip': data, more = _only_with_regions(data, store); left_out = [*left_out, *more]
     outside = isinstance(store, RegionStore) and not grid and store.folder.resolve() == Path(regions).resolve()

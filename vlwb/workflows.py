@@ -8,7 +8,7 @@ __all__ = ['KINDS', 'FEATURE_FILES', 'STAGES', 'InputConfig', 'main_file', 'read
            'grid_tower', 'grid_regions', 'region_set', 'as_dataset', 'make_model', 'train_pairs', 'skipped',
            'load_model', 'world_of', 'read_relevance', 'eval_pairs', 'audit_evidence', 'audit_pairs']
 
-# %% ../nbs/83_workflows.ipynb #02efd30e
+# %% ../nbs/83_workflows.ipynb #0255c07e
 import hashlib, json, os, re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
@@ -33,8 +33,8 @@ from .models.regions import GridRegions, photo_regions
 from .models.towers import TextConfig, VisionConfig, load_tower
 from .negatives.audit import Evidence, find_suspects, suspect_rows, suspect_threshold, suspects_per_batch, write_suspects
 from .train.backbone import BackboneConfig
-from .train.loop import Batches, TrainConfig
-from .train.objectives import AuxFeatures, LossConfig, encode_set
+from .train.loop import Batches
+from .train.objectives import AuxFeatures, encode_set
 from .train.recipe import Recipe, Trained, run_recipe
 from .viz.report import Table, write_audit
 
@@ -126,7 +126,7 @@ def image_transform(
     size = config.image_size or (p.crop_size if crops else p.size)
     return ImageTransform(size if isinstance(size, int) else size.get('height') or size['shortest_edge'], tuple(p.image_mean), tuple(p.image_std), squash=not crops and 'height' in (p.size or {}))
 
-# %% ../nbs/83_workflows.ipynb #088681ae
+# %% ../nbs/83_workflows.ipynb #0896718f
 @dataclass(frozen=True)
 class RegionConfig:
     "How an OSCAR sees images; saved with the run."
@@ -138,6 +138,7 @@ class RegionConfig:
     tag_length:int=30 # tokens kept of an image's tags
     store:str|None=None # of 'store': where the regions lie; not saved with the rest, as it may change
     labels:str|None=None # and a file with tags of its own, likewise
+    order:str='wh' # and whether width or height comes first in its files, as `RegionReader` takes it
 
 def region_names(
     image_id:str, # of a set of pairs
@@ -183,27 +184,30 @@ class LiveRegions:
         max_regions:int|None=None, # keep this many of each image
     )->tuple[Tensor,Tensor]: # (B,R,D+6) float32 as float16 holds it, like a store's; (B,R) bool
         "The regions of a batch of images, padded."
+        if max_regions is not None and max_regions < 1: raise ValueError(f'max_regions must be at least 1, got {max_regions}')
         which, back = np.unique(np.asarray(positions, np.int64), return_inverse=True)
         rows = [region_inputs(r)[:max_regions].half().float() for r in self._read([self.ids[i] for i in which])]
         for i, r in zip(which, rows):
-            if not r.isfinite().all(): raise DataError(f'the regions of image {self.ids[i]} hold NaN, or numbers beyond what float16 holds (65,504); scale or clean them')
+            if not r.isfinite().all(): raise DataError(f'the regions of image {self.ids[i]} hold NaN, or numbers beyond what float16 holds (65,504); scale or clean them, or leave the image out')
         mask = torch.arange(max(map(len, rows), default=0)) < torch.tensor([len(r) for r in rows])[:,None]
         whole = torch.zeros(*mask.shape, max((r.shape[1] for r in rows), default=6))
         for i, r in enumerate(rows):
             if len(r): whole[i,:len(r)] = r
         return whole[back], mask[back]
 
-# %% ../nbs/83_workflows.ipynb #09d1c11c
+# %% ../nbs/83_workflows.ipynb #093c0994
 def open_regions(
     source:str|Path, # a store, a .tsv, a .pt, or a folder with a file an image
     labels:str|Path|None=None, # a .tsv or .pt with the objects of each image, for their tags
+    order:str='wh', # what comes first in its files, width or height ('hw'), as `RegionReader` takes it
 )->RegionStore|LiveRegions: # by image id
     "Regions from any form, without a pass over them. `DataError` where there are none."
     path = Path(source)
     if (path/'store.json').is_file():
         if labels is not None: raise ValueError(f'{path} is a store and has the tags it was written with: leave labels out')
+        if order != 'wh': raise ValueError(f'{path} is a store and keeps regions as they were read: leave the order out')
         return RegionStore(path)
-    reader = RegionReader(path, labels)
+    reader = RegionReader(path, labels, order=order)
     if reader.tensors: kept = dict(reader); ids, read = kept, kept.__getitem__
     elif reader.folder: ids, read = sorted(Path(e.name).stem for e in os.scandir(path) if e.name.endswith(_endings)), reader.__getitem__
     else: reader.index = TsvIndex(path); ids, read = reader.index.rows, reader.__getitem__
@@ -271,11 +275,9 @@ def region_set(
     store:RegionStore|LiveRegions, # regions of every image
 )->RegionPairs: # for training and judging
     "Captions with the regions of their images, by whichever name these go."
-    made = RegionPairs(pairs, store, tokenizer, config.max_regions, config.tags, config.tag_length, region_key(pairs.image_ids, store))
-    made.tokenizer = tokenizer                                                     # the dry run counts what it cuts
-    return made
+    return RegionPairs(pairs, store, tokenizer, config.max_regions, config.tags, config.tag_length, region_key(pairs.image_ids, store))
 
-# %% ../nbs/83_workflows.ipynb #133ff712
+# %% ../nbs/83_workflows.ipynb #13fc0d0c
 def as_dataset(
     data:Pairs|FeatureSet, # from `read_set`
     config:InputConfig, # how it is seen
@@ -299,7 +301,7 @@ def _region_set(data, config, tokenizer):
     "A set for an OSCAR; a grid's regions are made anew from its images, as an id may stand for another photo elsewhere."
     if config.source == 'grid': return region_set(data, config, tokenizer, grid_regions([data], config))
     if config.store is None: raise DataError(f'{data.source}: this model reads regions of images; say where they are (--regions: a store, a .tsv, a .pt or a folder)')
-    found = region_set(data, config, tokenizer, open_regions(config.store, config.labels))
+    found = region_set(data, config, tokenizer, open_regions(config.store, config.labels, config.order))
     if config.tags and not found.tag_mask.any(): raise DataError(f'{config.store}: this model reads object tags and there are none; name the file that has them (--region-labels)')
     return found
 
@@ -497,7 +499,7 @@ def audit_evidence(
     if text is None and image is None: raise ValueError('the audit needs a text encoder, a dual encoder or features')
     return Evidence(data.caption_image, text, image, caption, num_images=data.num_images, pool=pool, text_weight=text_weight)
 
-# %% ../nbs/83_workflows.ipynb #23bf8633
+# %% ../nbs/83_workflows.ipynb #238c7135
 def audit_pairs(
     source:str|Path, # pairs or features
     out:str|Path, # folder for suspects.jsonl, audit.html and summary.json
@@ -550,4 +552,4 @@ def _audit_page(out, rows, pairs, summary, attribution):
     write_audit(out, rows, load_image=load, captions_of=own, attribution=attribution, headline=[('images', summary['images']), ('captions', summary['captions']), ('suspects listed', len(rows))],
                 summary='Captions that may be true of images they were not written for. Each is scored by what the image\'s own captions say, by a dual encoder, or by both.',
                 tables=[Table('How many would a batch meet?', table, note, digits=4)] if table else [], limit=100,
-                next_step='Go through suspects.jsonl: delete lines, or give them "verdict": "no match". What is left counts as known positives: vlwb train ... --known suspects.jsonl')
+                next_step='Review the list in JupyterLab: Reviewer("FOLDER", pairs) of vlwb.widgets.reviewer; vlwb lab has an example. Then: vlwb train ... --known verdicts.jsonl. Or without a review, all of them: --known suspects.jsonl')

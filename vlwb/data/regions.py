@@ -41,7 +41,7 @@ def geometry_order(
     fits = lambda a, b: bool(torch.stack([(geometry[:,4] - a).abs(), (geometry[:,5] - b).abs()]).le(tolerance).all())
     return {(True,False): 'wh', (False,True): 'hw', (True,True): 'either'}.get((fits(wide, high), fits(high, wide)), 'neither')
 
-# %% ../../nbs/15_data.regions.ipynb #1041d37d
+# %% ../../nbs/15_data.regions.ipynb #100b2979
 @dataclass(frozen=True, eq=False)
 class Regions:
     "The regions of one image, in the order of their source. `ValueError` when the columns do not fit together."
@@ -61,7 +61,7 @@ class Regions:
             if not isinstance(x, Tensor) or x.ndim != (1 if columns == 0 else 2) or len(x) != len(self.features) or (columns and x.shape[1] != columns):
                 raise ValueError(f'{name} must be a tensor {shape}, got {tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}')
             object.__setattr__(self, name, x.float())
-            if not torch.isfinite(x).all(): raise ValueError(f'{name} holds NaN or infinity')
+            if not torch.isfinite(x).all(): raise ValueError(f'{name} {tuple(x.shape)} holds NaN or infinity, first of region {int((~torch.isfinite(x)).view(len(x), -1).any(1).nonzero()[0])}; leave this image out, or extract it again')
         if not 0 < self.width < math.inf or not 0 < self.height < math.inf: raise ValueError(f'width and height must be positive, got {self.width} and {self.height}')
         size = self.boxes.new_tensor([self.width, self.height])
         wrong = ((self.boxes[:,2:] - self.boxes[:,:2])/size < -1e-3).any(1).nonzero()
@@ -306,7 +306,21 @@ def _read_sizes(path):
         except (ValueError, KeyError, IndexError, TypeError): raise DataError(f'{Path(path).name}, row {n}: a size is an id and {{"height": ..., "width": ...}}') from None
     return sizes
 
-# %% ../../nbs/15_data.regions.ipynb #371c1721
+# %% ../../nbs/15_data.regions.ipynb #375f6946
+def _in_order(regions, order, recompute):
+    "Regions whose width and height are the right way round, as far as that shows. `DataError` that names the option."
+    if regions.geometry is None:
+        if order == 'hw': regions = replace(regions, width=regions.height, height=regions.width)
+        size = regions.boxes.new_tensor([regions.width, regions.height]).repeat(2)
+        outside = ((regions.boxes < -.05*size) | (regions.boxes > 1.05*size)).any(1).nonzero()
+        if len(outside): raise DataError(f"box {int(outside[0])} {[round(float(b), 2) for b in regions.boxes[outside[0,0]]]} lies outside its image of {regions.width:g} x {regions.height:g} pixels; are width and height the other way round (order={'wh' if order == 'hw' else 'hw'!r}), or the sizes of other images?")
+        return regions
+    if recompute: return replace(regions, geometry=None)
+    found = geometry_order(regions.geometry, 1e-2)
+    if found == 'neither': raise DataError("the last two of the six numbers of a box are not its width and height; geometry='recompute' makes them from the corners")
+    if found not in (order, 'either'): raise DataError(f"the six numbers of a box end with {dict(wh='width, height', hw='height, width')[found]}; order={found!r} keeps them so, for a model that was trained on them, and geometry='recompute' makes OSCAR's order of them")
+    return regions
+
 class RegionReader:
     "The regions of a set of images, in a stream or by image id, from any of the published forms; what was left out is in `problems`."
     def __init__(self,
@@ -316,9 +330,12 @@ class RegionReader:
         dim:int|None=None, # numbers a region, the six of its box included: D+6; None takes what the file has
         sizes:Mapping[str,tuple[float,float]]|str|Path|None=None, # width and height by image id, or a TSV of them; for sources that do not say
         geometry:str='keep', # the six numbers of a file: 'keep' them, or 'recompute' w and h in OSCAR's order
+        order:str='wh', # what comes first, width or height ('hw'): in the last two of the six numbers, and where a file states the size of an image against its form
         on_error:str='raise', # 'raise' or 'skip'
     ):
         self.path, self.dim, self.problems, self.recompute = Path(source), dim, Problems(on_error), geometry == 'recompute'
+        if order not in ('wh', 'hw'): raise ValueError(f"order must be 'wh' or 'hw', got {order!r}")
+        self.order = order
         if geometry not in ('keep', 'recompute'): raise ValueError(f"geometry must be 'keep' or 'recompute', got {geometry!r}")
         if not self.path.exists(): raise DataError(f'{self.path} is not there')
         self.folder, self.tensors = self.path.is_dir(), self.path.suffix in ('.pt', '.pth')
@@ -331,11 +348,11 @@ class RegionReader:
         if not image_id: raise DataError('the image has no id')
         labels = None if self.labels is None else self.labels[image_id]
         regions = parse(self.dim, self.sizes.get(image_id, labels and labels.size))
-        if self.recompute: regions = replace(regions, geometry=None)
+        regions = _in_order(regions, self.order, self.recompute)
         return regions if labels is None else replace(regions, tags=labels.tags)
 
     def __iter__(self)->Iterator[tuple[str,Regions]]: # image ids and their regions
-        self.problems.messages.clear()
+        self.problems.messages.clear(); where = None
         entries, seen = (_folder_entries if self.folder else _tensor_entries if self.tensors else _tsv_entries)(self.path), set()
         for where, image_id, parse in entries:
             try:
@@ -344,6 +361,7 @@ class RegionReader:
             except ValueError as e: self.problems.add(f'{where}: {e}'); continue
             seen.add(image_id)
             yield image_id, regions
+        if where is None: raise DataError(f'{self.path.name} holds no regions: {"no file that ends in " + ", ".join(_endings) + " is in it" if self.folder else "there is nothing in it, or a heading alone"}; was it written, or copied, to its end?')
 
     def __getitem__(self,
         image_id:str, # as the source has it
@@ -359,7 +377,7 @@ class RegionReader:
 
     def _file(self, path, dim, size): return _value_regions(_load(path), dim, size)
 
-# %% ../../nbs/15_data.regions.ipynb #43548d9d
+# %% ../../nbs/15_data.regions.ipynb #47548d9d
 _HEADER = 128
 
 def _npy_header(dtype, shape):
@@ -406,7 +424,7 @@ def write_store(
     except BaseException: shutil.rmtree(hidden, ignore_errors=True); raise
     return RegionStore(folder)
 
-# %% ../../nbs/15_data.regions.ipynb #44bcb5b0
+# %% ../../nbs/15_data.regions.ipynb #48bcb5b0
 class RegionStore:
     "Regions of many images in mapped files. `DataError` when the folder holds no whole store."
     def __init__(self,
@@ -482,7 +500,7 @@ class RegionStore:
         "The regions of a batch of images by their ids."
         return self.at(self.find(ids), max_regions)
 
-# %% ../../nbs/15_data.regions.ipynb #500342b7
+# %% ../../nbs/15_data.regions.ipynb #541d4b43
 def _tag_tokens(tags, tokenizer, length):
     "Tokens of the tags of each image, [SEP] behind and no [CLS] before; int64 (N,T) ids and mask."
     tokens = tokenizer([' '.join(t or []) for t in tags])
@@ -512,7 +530,7 @@ class RegionPairs:
         if missing: raise DataError(f'{len(missing)} of {len(wanted)} images of {pairs.source} have no regions in {store.folder.name}, first {missing[0]!r}; the store has ids like {store.ids[0] if len(store) else "none"!r} (key= maps one to the other)')
         if max_regions < 1 or tag_length < 1: raise ValueError(f'max_regions and tag_length must be positive, got {max_regions} and {tag_length}')
         self.pairs, self.store, self.max_regions, self.positions = pairs, store, max_regions, store.find(wanted)
-        self.texts = tokenizer(pairs.captions)
+        self.tokenizer, self.texts = tokenizer, tokenizer(pairs.captions)
         self.tag_ids, self.tag_mask = _tag_tokens(store.tags_at(self.positions), tokenizer, tag_length) if tags else (None, None)
 
     def __len__(self): return len(self.pairs)

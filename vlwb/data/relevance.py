@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Relevance', 'from_pairs', 'own_captions', 'union', 'beyond', 'read_eccv', 'Ratings', 'read_ratings', 'read_cxc',
-           'verified_false_negatives', 'read_matches', 'from_scenes']
+           'verified_false_negatives', 'parse_verdict', 'read_matches', 'from_scenes']
 
-# %% ../../nbs/16_data.relevance.ipynb #02a027eb
+# %% ../../nbs/16_data.relevance.ipynb #020528b1
 import importlib.util, json, math, re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from scipy import sparse
 from torch import Tensor
-from ..core import DataError, Problems
+from ..core import DataError, Problems, warn_once
 from .pairs import Pairs, json_rows, read_json, table_rows
 from .scenes import holds, support
 
@@ -322,36 +322,55 @@ def verified_false_negatives(
     keep = (pairs.caption_image[g.col] != g.row) & ((g.data >= at_least) | (g.data < below))
     return g.row[keep].astype(np.int64), g.col[keep].astype(np.int64), g.data[keep] >= at_least
 
-# %% ../../nbs/16_data.relevance.ipynb #33599ef3
-_verdicts = {'match': True, 'yes': True, 'true': True, 'no match': False, 'non match': False, 'nonmatch': False, 'no': False, 'false': False, 'unsure': None, 'unknown': None, '': None}
+# %% ../../nbs/16_data.relevance.ipynb #33ee54d1
+_verdicts = {'match': True, 'yes': True, 'true': True, 'no match': False, 'non match': False, 'nonmatch': False, 'no': False, 'false': False, 'unsure': None, 'unknown': None, 'withdrawn': None, '': None}
 
+def parse_verdict(
+    verdict, # a word, a bool, or None for none; case, hyphens and underscores do not matter
+)->bool|None: # True match, False no match, None not settled
+    "What a verdict says. `ValueError` for a word that is none."
+    word = '' if verdict is None else re.sub(r'[\s_-]+', ' ', str(verdict).strip().lower())
+    if word not in _verdicts: raise ValueError(f'verdict {verdict!r} is none of match, no match, unsure, withdrawn')
+    return _verdicts[word]
+
+def _is_log(path):
+    "Whether the rows say when or how they were judged, so that a later one replaces an earlier one."
+    first = next((row for _, row in json_rows(path, Problems('skip'))), {})
+    return 'verdict' in first and ('time' in first or 'drawn' in first)
+
+# %% ../../nbs/16_data.relevance.ipynb #36c28081
 def read_matches(
-    path:str|Path, # JSON lines: image_id, caption_id, optional verdict; or the audit's suspects.jsonl
+    path:str|Path, # JSON lines: image_id, caption_id, optional verdict; or the audit's suspects.jsonl; or a reviewer's verdicts.jsonl
     pairs:Pairs|None=None, # the set: ids must be in it, rows and columns get its order
     suspects_match:bool=False, # count the audit's suspects that nobody judged as matches
     on_error:str='raise', # 'raise' or 'skip'
 )->Relevance: # pairs with a verdict are known
-    "A user's confirmed matches, or the judged list of the audit."
-    problems, out = Problems(on_error), {}
+    "A user's confirmed matches, the judged list of the audit, or a log of verdicts."
+    problems, out, log = Problems(on_error), {}, _is_log(path)
+    torn = Problems('skip') if log else problems                              # what a killed process leaves behind
     images, captions = (None, None) if pairs is None else (set(pairs.image_ids), set(pairs.caption_ids))
-    for where, row in json_rows(path, problems):
+    for where, row in json_rows(path, torn):
         ids = [None if row.get(k) is None else str(row[k]) for k in ('image_id', 'caption_id')]
         unknown = pairs is not None and [f'{name} {i}' for name, i, known in (('image id', ids[0], images), ('caption id', ids[1], captions)) if i not in known]
-        verdict = row.get('verdict')
-        word = None if verdict is None else re.sub(r'[\s_-]+', ' ', str(verdict).strip().lower())
-        if None in ids: problems.add(f"{where}: needs 'image_id' and 'caption_id'")
-        elif unknown: problems.add(f'{where}: {", ".join(unknown)} is not in {pairs.source}; correct it or remove the row')
-        elif word is not None and word not in _verdicts: problems.add(f'{where}: verdict {verdict!r} is none of match, no match, unsure')
-        else:
-            says = _verdicts[word] if word else suspects_match or None if 'score' in row or 'why' in row else True
-            key = tuple(ids)
-            if key in out and out[key] != says: problems.add(f'{where}: image {ids[0]} and caption {ids[1]} were judged otherwise above; keep one row')
-            else: out[key] = says
+        if None in ids: problems.add(f"{where}: needs 'image_id' and 'caption_id'"); continue
+        if unknown: problems.add(f'{where}: {", ".join(unknown)} is not in {pairs.source}; correct it or remove the row'); continue
+        try: says = parse_verdict(row.get('verdict'))
+        except ValueError as e: problems.add(f'{where}: {e}'); continue
+        if row.get('verdict') in (None, ''): says = suspects_match or None if 'score' in row or 'why' in row else True
+        key = tuple(ids)
+        if not log and out.get(key, says) != says: problems.add(f'{where}: image {ids[0]} and caption {ids[1]} were judged otherwise above; keep one row')
+        else: out[key] = says
+    if torn is not problems and len(torn): _say_torn(path, torn, problems)
     settled = {k: v for k, v in out.items() if v is not None}
     return from_pairs([i for i, _ in settled], [c for _, c in settled], np.array(list(settled.values()), dtype=bool),
         rows=None if pairs is None else pairs.image_ids, columns=None if pairs is None else pairs.caption_ids, source=Path(path).name, problems=problems)
 
-# %% ../../nbs/16_data.relevance.ipynb #378724fd
+def _say_torn(path, torn, problems):
+    "Lines of a log that cannot be read are noted and warned of: one lost verdict must not stop a run."
+    problems.messages.extend(torn.messages)
+    warn_once(f'torn {Path(path).resolve()}', f'{Path(path).name}: {len(torn)} of its lines cannot be read, as if a process was killed while writing; these verdicts are lost ({torn.messages[0].splitlines()[0]})')
+
+# %% ../../nbs/16_data.relevance.ipynb #438724fd
 def from_scenes(
     scenes, # N scenes of vlwb.data.scenes
     captions, # M captions of vlwb.data.scenes

@@ -6,19 +6,19 @@
 __all__ = ['HEAVY', 'TIES', 'as_matches', 'own_matches', 'score_tolerance', 'Standing', 'standings', 'recall_at', 'best_rank',
            'precision_at_r', 'summarise', 'retrieval_metrics', 'mean_figures', 'coco_1k_5fold']
 
-# %% ../../nbs/60_eval.retrieval.ipynb #02cd7247
+# %% ../../nbs/60_eval.retrieval.ipynb #02b3d6bd
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from queue import SimpleQueue
-from threading import Barrier, Lock
+from queue import Empty, SimpleQueue
+from threading import Lock
 import numpy as np
 import torch
 from scipy import sparse
 from scipy.special import digamma
 from torch import Tensor
 from ..core import check_features
+from ..negatives.mining import in_threads
 
 # %% ../../nbs/60_eval.retrieval.ipynb #0560353d
 def as_matches(
@@ -199,29 +199,20 @@ class _Tiles:
         for n, (a, b) in enumerate((a, b) for a in range(len(self.images)) for b in range(len(self.texts))):
             yield a, b, slice(self.bounds[n], self.bounds[n+1])
 
-# %% ../../nbs/60_eval.retrieval.ipynb #3114faae
+# %% ../../nbs/60_eval.retrieval.ipynb #319cc88c
 def _each_tile(
     tiles:_Tiles, # the grid
     features:Tensor, # its dtype and device are those of the tiles
     work:Callable, # called with the row and column of the tile, its matches, and memory for two tiles
 )->None:
     "Visit every tile: on a CPU with as many threads as torch would use, each on tiles of its own and with its own memory."
-    before, free = torch.get_num_threads(), SimpleQueue()
-    workers = min(before, len(tiles.images) * len(tiles.texts)) if features.device.type == 'cpu' else 1
-    for _ in range(workers): free.put(features.new_empty(2, tiles.images[0].stop * tiles.texts[0].stop))
+    free = SimpleQueue()
     def visit(tile):
-        memory = free.get()
-        try: work(*tile, memory)
-        finally: free.put(memory)
-    if workers == 1:
-        for tile in tiles: visit(tile)
-        return
-    ready = Barrier(workers + 1)
-    def alone(): torch.get_num_threads(); torch.set_num_threads(1); ready.wait()   # asking first makes the setting stay
-    with ThreadPoolExecutor(workers, initializer=alone) as pool:
-        visits = [pool.submit(visit, tile) for tile in tiles]
-        ready.wait(); torch.set_num_threads(before)
-        for done in visits: done.result()
+        try: memory = free.get_nowait()
+        except Empty: memory = features.new_empty(2, tiles.images[0].stop * tiles.texts[0].stop)
+        work(*tile, memory)
+        free.put(memory)
+    with in_threads(features.device, len(tiles.images) * len(tiles.texts)) as run: run(visit, tiles)
 
 def _tile_scores(
     image_features:Tensor, # (n,D) rows of the tile

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['detection', 'used_as_negatives', 'detection_by_weight', 'detection_by_similarity', 'anchor_auroc', 'pair_similarity',
-           'graded_spearman']
+           'graded_spearman', 'suspects_at']
 
 # %% ../../nbs/61_eval.semantics.ipynb #02cd58a5
 import numpy as np
@@ -116,3 +116,34 @@ def graded_spearman(
     if not (np.isfinite(a).all() and np.isfinite(b).all()): raise ValueError('similarity and grades must be finite')
     if np.ptp(a) == 0 or np.ptp(b) == 0: return float('nan')
     return float(spearmanr(a, b).statistic)
+
+# %% ../../nbs/61_eval.semantics.ipynb #2775f587
+def suspects_at(
+    scores:Tensor, # (N,M) high where a match is suspected; NaN suspects nothing
+    threshold:float, # suspects score at least this
+    positives:Tensor, # (N,M) bool, known positives: never suspects
+    truth=None, # (N,M) int8 array or tensor: 1 match, 0 non-match, -1 nobody looked; None where nothing is known
+)->dict[str,float]: # suspects, matches, non_matches, unknown, precision, recall
+    "What a threshold finds. `ValueError` that names a wrong shape."
+    for name, x in (('positives', positives), ('truth', truth)):
+        if x is not None and tuple(x.shape) != tuple(scores.shape): raise ValueError(f'{name} {tuple(x.shape)} must be (N,M) = {tuple(scores.shape)}')
+    flat = lambda x: None if x is None else (x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)).reshape(-1)
+    s, own, known = flat(scores), flat(positives), flat(truth)
+    found, matches = np.zeros(3, np.int64), 0                        # non-matches, matches, unknown among the suspects; matches in all
+    for start in range(0, s.size, 1 << 18):                         # some at a time stay in the cache
+        part, there = _kinds(*(None if x is None else x[start:start + (1 << 18)] for x in (s, own, known)), threshold)
+        found += part; matches += there
+    rate = lambda a, b: float(a/b) if b else np.nan
+    no, yes, unknown = (int(x) for x in found)
+    return dict(suspects=no + yes + unknown, matches=yes, non_matches=no, unknown=unknown, precision=rate(yes, no + yes), recall=rate(yes, matches))
+
+def _kinds(scores, own, known, threshold):
+    "Non-matches, matches and unknown pairs among the suspects; all matches. Known positives left out."
+    above = scores >= threshold; above &= ~own
+    count = np.count_nonzero(above)
+    if known is None: return np.array([0, 0, count]), 0
+    match = known == 1; match &= ~own
+    there = np.count_nonzero(match); match &= above
+    found = np.count_nonzero(match); above &= known < 0
+    unknown = np.count_nonzero(above)
+    return np.array([count - found - unknown, found, unknown]), there

@@ -6,15 +6,16 @@
 __all__ = ['DEPTHS', 'StagedSpec', 'scene_sets', 'staged_folder', 'train_staged', 'load_staged', 'judge_reranked', 'result_of',
            'results_of']
 
-# %% ../../nbs/66_eval.staged.ipynb #0246ad4c
+# %% ../../nbs/66_eval.staged.ipynb #02a2348d
 import json, shutil, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from ..core import cache_folder, write_atomic
 from ..data.inputs import TensorSet
-from .rerank import encode_states, rerank_metrics, rerank_scores
+from .rerank import encode_inputs, encode_states, rerank_metrics, rerank_scores
 from .study import Judged, World, WorldSpec, build_world, judge, map_specs, run_name
 from ..models.albef import AlbefModel
+from ..models.oscar import OscarConfig, OscarModel
 from ..train.backbone import BackboneConfig
 from ..train.masking import SpecialTokens, special_tokens
 from ..train.loop import read_log
@@ -62,16 +63,16 @@ def load_staged(
     "The model as a stage left it."
     return AlbefModel.from_pretrained(train_staged(spec)/stage/'model')
 
-# %% ../../nbs/66_eval.staged.ipynb #079df926
+# %% ../../nbs/66_eval.staged.ipynb #07b45e93
 DEPTHS = 0, 16, 64                                                                 # candidates re-ranked; 0 is the dual encoder alone
 
 def judge_reranked(
-    model:AlbefModel, # in evaluation mode
+    model:AlbefModel|OscarModel, # in evaluation mode
     judged:Judged, # a set and what is true of it
     depths:tuple[int,...]=DEPTHS, # candidates re-ranked
 )->dict[str,dict[str,float]]: # depth -> strict_R@1, all_R@1 and mAP@R, means of both directions in percent
     "Retrieval with and without the matching head."
-    states = encode_states(model, judged.data, progress=False)
+    states = (encode_inputs if isinstance(model, OscarModel) else encode_states)(model, judged.data, progress=False)
     candidates = rerank_scores(model, states, max(depths), progress=False)
     figures = lambda truth: rerank_metrics(candidates, states.image_features, states.text_features, truth, depths, ks=(1,))
     strict, every = figures(judged.own), figures(judged.matches)

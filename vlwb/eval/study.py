@@ -317,7 +317,7 @@ def aux_view(
     if not spec.shuffled: return view
     return AuxFeatures(view.images, view.texts[torch.from_numpy(np.random.default_rng(spec.world.seed).permutation(len(view.texts)))])
 
-# %% ../../nbs/65_eval.study.ipynb #346ef3ad
+# %% ../../nbs/65_eval.study.ipynb #340d3367
 @lru_cache(maxsize=1)
 def _said_whole(spec, backbone):
     train = build_world(spec, backbone).train
@@ -328,6 +328,8 @@ def train_run(
     batch_size:int=128, # pairs in a batch
     evaluate:bool|Callable=True, # judge on val at each `evaluate_every` steps; or what to ask of the model then, model -> dict of numbers
     progress:bool=False, # show the bars
+    known=None, # confirmed matches of the training set, positives like the own captions
+    folder:str|Path|None=None, # log and checkpoints
 )->Trained: # model and log
     "Train what a `RunSpec` describes."
     world, loss = build_world(spec.world, spec.backbone), spec.recipe.loss
@@ -335,9 +337,10 @@ def train_run(
     if spec.with_clean and loss.name != 'infonce': raise ValueError(f'with_clean is a control for infonce; {loss.name!r} meets the clean captions through H or not at all')
     if spec.with_clean and spec.text_positives: raise ValueError('text_positives looks at the training set alone: not with_clean')
     data = joined(world.train.data, world.clean) if spec.with_clean else world.train.data
-    known = _said_whole(spec.world, spec.backbone) if spec.text_positives else None
+    if spec.text_positives and known is not None: raise ValueError('text_positives and known both say who else matches: pass one')
+    known = _said_whole(spec.world, spec.backbone) if spec.text_positives else known
     return run_recipe(lambda: spec.model(world), Batches(data, batch_size, seed=spec.world.seed), spec.recipe, aux=aux_view(spec) if loss.needs_aux else None,
-                      truth=None if spec.with_clean else world.train.matches, known=known, evaluate=evaluate if callable(evaluate) else watch if evaluate else None, progress=progress)
+                      truth=None if spec.with_clean else world.train.matches, known=known, folder=folder, evaluate=evaluate if callable(evaluate) else watch if evaluate else None, progress=progress)
 
 def run(
     spec:RunSpec, # the run

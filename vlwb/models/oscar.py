@@ -63,7 +63,7 @@ oscar_tiny = OscarConfig() # trains in minutes on two cores
 oscar_base = OscarConfig(vocab_size=30522, width=768, layers=12, heads=12, max_length=512, cls_token_id=101, sep_token_id=102, region_dim=2054, grid_side=0, dropout=0.1,
                          projection_dim=256, initializer_range=0.02) # the paper's; checkpoints without bert.LayerNorm load too
 
-# %% ../../nbs/48_models.oscar.ipynb #09c8bdaf
+# %% ../../nbs/48_models.oscar.ipynb #09db9649
 class OscarImages(NamedTuple):
     "Images as the model reads them."
     regions:Tensor # (B,R,F) features with boxes, zero where masked
@@ -98,10 +98,11 @@ def oscar_images(
     else:
         shown = _as_mask('region_mask', shown, x.shape[:2], x.device)
         x = x.masked_fill(~shown[...,None], 0)
+    if not x.is_meta and not (fine := x.isfinite().all(2)).all(): raise ValueError(f'regions {tuple(x.shape)} hold NaN or infinity, first in image {int((~fine).nonzero()[0,0])}, region {int((~fine).nonzero()[0,1])}; mask it (region_mask), or leave the image out')
     if tags is None:
         if tag_mask is not None: raise ValueError('tag_mask came without tag_ids')
         return OscarImages(x, shown)
-    if tags.ndim != 2 or len(tags) != len(x): raise ValueError(f'tag_ids must be (B,G) with a row for each of the {len(x)} images, got {tuple(tags.shape)}')
+    if not isinstance(tags, Tensor) or tags.is_floating_point() or tags.ndim != 2 or len(tags) != len(x): raise ValueError(f'tag_ids must be a whole-number tensor (B,G) with a row for each of the {len(x)} images, got {f"{tuple(tags.shape)} {tags.dtype}" if isinstance(tags, Tensor) else type(tags).__name__}')
     there = (tags != config.pad_token_id if tag_mask is None else _as_mask('tag_mask', tag_mask, tags.shape, tags.device)) & (tags != config.cls_token_id)
     return OscarImages(x, shown, tags, there & (there & (tags != config.sep_token_id)).any(1, keepdim=True))
 
@@ -122,7 +123,7 @@ def _bert(c:OscarConfig) -> nn.Module:
     if c.region_norm: bert.LayerNorm = nn.LayerNorm(c.width, eps=c.region_norm_eps)
     return bert
 
-# %% ../../nbs/48_models.oscar.ipynb #1531e00f
+# %% ../../nbs/48_models.oscar.ipynb #15135c3e
 class OscarModel(nn.Module):
     "One BERT over caption, object tags and regions, its matching head, and separate passes with projections and a scale (Li et al., ECCV 2020; the separate passes are this project's reading of ITContrast)."
     vision_parts = 'bert.img_embedding.', 'bert.LayerNorm.', 'image_projection.'       # for a learning rate of its own: what images alone use
@@ -162,6 +163,8 @@ class OscarModel(nn.Module):
         types = torch.zeros_like(ids)
         if images is not None and tags and images.tag_ids is not None:
             ids, shown, types = (torch.cat(x, 1) for x in ((ids, images.tag_ids), (shown, images.tag_mask), (types, torch.ones_like(images.tag_ids))))
+        words = self.bert.embeddings.word_embeddings.num_embeddings
+        if not ids.is_meta and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < words: raise ValueError(f'token ids {tuple(ids.shape)} run from {int(ids.min())} to {int(ids.max())} and the model knows {words} words: take the tokeniser that it was trained with, or give it a vocab_size as large')
         if ids.shape[1] > self.config.max_length: raise ValueError(f'captions and tags together may have {self.config.max_length} tokens, got {ids.shape[1]}; truncate them')
         x = self.bert.embeddings(input_ids=ids, token_type_ids=types, position_ids=(shown.cumsum(1) - 1).clamp(min=0))
         if images is not None: x, shown = torch.cat([x, self.dropout(images.regions)], 1), torch.cat([shown, images.region_mask], 1)

@@ -76,7 +76,7 @@ class SynthesisConfig:
     def kinds(self)->tuple[str,...]: # (S,) the kind of each synthetic
         return tuple(kind for kind, number in self.parts() for _ in range(number))
 
-# %% ../../nbs/35_negatives.synthesis.ipynb #09811def
+# %% ../../nbs/35_negatives.synthesis.ipynb #09d91dd1
 @dataclass(frozen=True, eq=False)
 class Synthetic:
     "Synthetic negatives of A anchors, S each, and what each is made of."
@@ -106,16 +106,6 @@ class Synthetic:
         "Which synthetics pass the positive."
         if positive_similarity.shape != self.found.shape[:1]: raise ValueError(f'positive_similarity must be ({len(self.found)},), one for each anchor, got {tuple(positive_similarity.shape)}')
         return self.found & (self.similarity(anchors) > positive_similarity[:,None].to(self.features))
-
-    def log_weights(self,
-        weight:float=1., # lambda, at least 0
-        leave_out:Tensor|None=None, # (A,S) bool, synthetics to drop beside those not found, `passing` say
-    )->Tensor: # (A,S) log lambda; -inf where not found or left out
-        "What a loss adds to the logits of the synthetics (section 2 of METHODS: lambda before their sum)."
-        if not 0 <= weight < math.inf: raise ValueError(f'weight must be finite and at least 0, got {weight}')
-        use = self.found if leave_out is None else self.found & ~check_mask('leave_out', leave_out, tuple(self.found.shape), self.found.device)
-        level = math.log(weight) if weight else -math.inf
-        return torch.full(self.found.shape, level, dtype=self.features.dtype, device=self.features.device).masked_fill(~use, -math.inf)
 
 # %% ../../nbs/35_negatives.synthesis.ipynb #14461abf
 class Profile(NamedTuple):

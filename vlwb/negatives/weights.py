@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['alpha_schedule', 'hard_removal', 'removal_log_weights', 'share_removed', 'row_moments', 'weight_conditions',
-           'effective_temperature']
+           'weight_auroc', 'effective_temperature']
 
 # %% ../../nbs/30_negatives.weights.ipynb #024d5329
 import math
@@ -61,13 +61,17 @@ def share_removed(
     negatives = ~known_positives(weights.shape, positives=positives, device=weights.device) & (weights > 0)
     return float((negatives & (weights < threshold)).sum() / negatives.sum().clamp(min=1))
 
-# %% ../../nbs/30_negatives.weights.ipynb #1975c018
+# %% ../../nbs/30_negatives.weights.ipynb #19273e8d
 def row_moments(
     weights:Tensor, # (N,M) weights, anchors in rows
     similarity:Tensor, # (N,M) whatever the weights are to be compared with
     negatives:Tensor, # (N,M) bool
 )->dict[str,Tensor]: # mean, covariance, correlation, effective_share, each (N,) float64; NaN where not defined
     "Mean weight, its covariance and correlation with a similarity, and effective share, over the negatives of each anchor."
+    parts = [_moments(*part) for part in zip(weights.split(64), similarity.split(64), negatives.split(64))]      # some anchors at a time stay in the cache
+    return {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
+
+def _moments(weights, similarity, negatives):
     count = negatives.sum(1)
     mean = lambda x: x.double().masked_fill(~negatives, 0.).sum(1) / count
     w, s = mean(weights), mean(similarity)
@@ -88,7 +92,20 @@ def weight_conditions(
     if keep is not None: negatives &= check_mask('keep', keep, weights.shape, weights.device)
     return {k: float(v.nanmean()) for k, v in row_moments(weights.detach(), similarity.detach(), negatives).items()}
 
-# %% ../../nbs/30_negatives.weights.ipynb #282c4636
+# %% ../../nbs/30_negatives.weights.ipynb #28171ec2
+def weight_auroc(
+    weights:Tensor, # (N,M) weights or their logs
+    false_negatives:Tensor, # (N,M) bool, unlabelled matches
+    positives:Tensor, # (N,M) bool, known positives: not judged
+)->float: # NaN where one kind is missing
+    "AUROC of a low weight as detector of false negatives."
+    hidden, rest = (weights[m & ~positives].detach().flatten() for m in (false_negatives, ~false_negatives))
+    if not len(hidden) or not len(rest): return math.nan
+    rest = rest.sort().values
+    below, upto = (torch.searchsorted(rest, hidden, right=r) for r in (False, True))
+    return float((len(rest) - (below + upto).double()/2).mean() / len(rest))
+
+# %% ../../nbs/30_negatives.weights.ipynb #312c4636
 def effective_temperature(
     temperature:float, # tau of the loss
     similarity_temperature:float, # tau_s of the weights

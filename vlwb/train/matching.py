@@ -66,7 +66,7 @@ def matching_loss(
     i, j, labels = itm_pairs(own, texts_drawn, images_drawn)
     return itm_cross_entropy(model.match_logits(gather_inputs(images, group), gather_inputs(texts, group), i, j), labels, group)
 
-# %% ../../nbs/57a_train.matching.ipynb #09560c99
+# %% ../../nbs/57a_train.matching.ipynb #09e37123
 class MatchingObjective:
     "`(model, batch, step) -> (loss, stats)` for a model with a joint pass and two separate ones."
     def __init__(self,
@@ -75,9 +75,10 @@ class MatchingObjective:
         aux=None, # H's features, where the contrast trusts it
         truth=None, # (N,M) relevance of the training set, for logs
         group=None, # process group; the training loop sets it
+        data=None, # the training set, where the contrast mines negatives
     ):
         self.config = config
-        self.contrast = Objective(config.contrast, steps, aux, truth) if config.contrast_weight else None
+        self.contrast = Objective(config.contrast, steps, aux, truth, data=data) if config.contrast_weight else None
         self._group = None; self.group = group
 
     @property
@@ -105,9 +106,9 @@ class MatchingObjective:
         c, stats, loss = self.config, {}, 0.
         if not hasattr(model, 'match_logits') or not hasattr(model, 'encode_image'): raise ValueError(f'{type(model).__name__} has no joint pass: this objective needs the parts of an OscarModel, and has no form in micro-batches')
         if self.contrast is not None:
-            if c.contrast.needs_momentum and self.state is None: self.prepare(model)
+            self.contrast.before_step(model, step)
             own = model.encode_image(batch.images), model.encode_text(batch.texts)
-            slow = None if self.state is None else self.state.features(batch.images, batch.texts)
+            slow = None if self.contrast.slow is None else self.contrast.slow.features(batch.images, batch.texts)
             contrast, stats = self.contrast.on_features(*own, model.logit_scale, batch, step, model.logit_bias, slow)
             stats |= dict(contrast=contrast.item(), logit_scale=model.logit_scale.item())
             loss = c.contrast_weight * contrast

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NAMES', 'CONTRASTED', 'SYNTHESISED', 'LossConfig', 'AuxFeatures', 'encode_set', 'Objective', 'look_up']
 
-# %% ../../nbs/52_train.objectives.ipynb #0208e7d3
+# %% ../../nbs/52_train.objectives.ipynb #029829fb
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 import torch
@@ -26,11 +26,11 @@ from ..losses.srcl import pair_weights, srcl, warn_if_inverted
 from ..losses.vse import vse
 from ..models.momentum import Momentum
 from .processes import take_rows
-from ..negatives.both_ways import Suspicion, synthesise_both_ways, synthesis_stats
+from ..negatives.both_ways import MinedPool, Pool, Suspicion, synthesise_both_ways, synthesis_stats
 from ..negatives.synthesis import SynthesisConfig
-from ..negatives.weights import alpha_schedule, hard_removal, removal_log_weights
+from ..negatives.weights import alpha_schedule, hard_removal, removal_log_weights, weight_auroc
 
-# %% ../../nbs/52_train.objectives.ipynb #0544c4e7
+# %% ../../nbs/52_train.objectives.ipynb #058f38e2
 NAMES = 'infonce', 'srcl', 'removal', 'gist', 'soft', 'dcl', 'hcl', 'cyclip', 'siglip', 'vse', 'vse_sum', 'albef', 'itcontrast', 'mochi', 'synco', 'oracle_removal', 'oracle_positives'
 CONTRASTED = 'infonce', 'srcl', 'removal', 'albef'      # that can meet momentum candidates
 SYNTHESISED = 'itcontrast', 'mochi', 'synco'            # that make negatives of their own
@@ -66,6 +66,9 @@ class LossConfig:
     intra_weight:float=0. # and the weight of the anchor's own modality as negatives
     regulated:bool=False # and whether SRCL's weights are on the real negatives
     gate_by:str='weights' # and what keeps suspects out of the synthesis: 'weights', as `synthesis.gate` says, or 'truth', an oracle
+    mined:int=0 # and how many mined negatives of each anchor, of the whole training set, are further material; 0 mines none
+    mined_every:int=100 # steps between two minings; 0 mines once, before the first
+    miner:str='exact' # 'exact', 'faiss', or 'faiss:HNSW32', say, with the name of one of its indexes
     seed:int=0 # of the draws of mochi and synco
 
     def __post_init__(self):
@@ -76,6 +79,10 @@ class LossConfig:
         if self.candidates == 'momentum' and self.name not in CONTRASTED: raise ValueError(f'{self.name!r} has no form with momentum candidates; {CONTRASTED} have')
         if self.queue_size and not self.contrasts_momentum and self.name not in SYNTHESISED: raise ValueError(f"queue_size {self.queue_size} needs candidates='momentum'")
         if self.queue_size < 0: raise ValueError(f'queue_size must be at least 0, got {self.queue_size}')
+        if not isinstance(self.mined, int) or min(self.mined, self.mined_every) < 0: raise ValueError(f'mined and mined_every must be whole numbers, at least 0, got {self.mined} and {self.mined_every}')
+        if self.mined and self.name not in SYNTHESISED: raise ValueError(f'mined negatives are material of {SYNTHESISED}, and {self.name!r} synthesises none')
+        if self.mined and self.synthesis.gate > 0 and self.trusts and self.view == 'momentum': raise ValueError("the momentum model has not seen the mined negatives: a gate over them needs view='aux', or alpha 0")
+        if self.miner.partition(':')[0] not in ('exact', 'faiss') or self.miner.startswith('exact:'): raise ValueError(f"miner must be 'exact', 'faiss' or 'faiss:INDEX', got {self.miner!r}")
         if not (self.synthetic_weight >= 0 and self.intra_weight >= 0): raise ValueError(f'synthetic_weight and intra_weight must be at least 0, got {self.synthetic_weight} and {self.intra_weight}')
 
     @property
@@ -142,7 +149,7 @@ def encode_set(
     model.train(was_training)
     return AuxFeatures(images.clone(), texts.clone())
 
-# %% ../../nbs/52_train.objectives.ipynb #093c2826
+# %% ../../nbs/52_train.objectives.ipynb #092a11f7
 class Objective:
     "The function `(model, batch, step) -> (loss, stats)` that a `LossConfig` describes."
     def __init__(self,
@@ -152,28 +159,51 @@ class Objective:
         truth=None, # (N,M) bool tensor or Relevance of the training set: needed by the oracles, logged by the others
         known=None, # (N,M) bool tensor or Relevance: confirmed matches beyond the own captions (an audit's result), positives like them
         group=None, # process group that shares the batch; the training loop sets it
+        data=None, # the training set, as `encode_set` takes it: needed where negatives are mined
     ):
+        if config.mined and data is None: raise ValueError(f'mined {config.mined} looks at the whole training set: pass it as data')
+        if config.mined and config.synthesis.gate > 0 and config.needs_aux and aux is not None and not hasattr(aux, 'texts'): raise ValueError('a gate over mined negatives looks up what H says of them: pass H as AuxFeatures of the whole set')
         if config.needs_aux and aux is None: raise ValueError(f'{config.name!r} trusts model H: pass its features as aux' + (', or set alpha_start=0 and alpha_end=0' if config.weighs else ''))
         if config.needs_truth and truth is None: raise ValueError(f'{config.name!r} needs the truth')
         if known is not None and (config.contrasts_momentum or config.queue_size): raise ValueError("confirmed matches (known) work with candidates='online': entries of a queue are matched by image id alone")
-        self.config,self.steps,self.aux,self.truth,self.known,self.group = config,steps,aux,truth,known,group
-        self.state,self.pending,self._seen = None,None,(None, None)
+        self.config,self.steps,self.aux,self.truth,self.known,self.group,self.data = config,steps,aux,truth,known,group,data
+        self.slow,self.pool,self.pending,self._seen = None,None,None,(None, None)
+
+    @property
+    def state(self)->nn.Module|None: # what is saved with the run: the slow copy, the pool, or both
+        return self.slow if self.pool is None else self.pool if self.slow is None else nn.ModuleDict(dict(slow=self.slow, pool=self.pool))
 
     def prepare(self,
         model:nn.Module, # on its device, as the run starts
     )->None:
-        "Make the slow copy and its queue, where the loss has them."
-        if not self.config.needs_momentum: return
-        wide = self.aux.width if self.config.needs_aux else None
-        self.state = Momentum(getattr(model, 'module', model), self.config.momentum, self.config.queue_size, aux_width=wide)
+        "Make the slow copy, its queue and the pool, where the loss has them; the pool is filled at its first step."
+        model, c = getattr(model, 'module', model), self.config
+        if c.mined: self.pool = MinedPool(self.data.num_images, len(self.data.caption_image), model.config.projection_dim, c.mined)
+        if c.needs_momentum: self.slow = Momentum(model, c.momentum, c.queue_size, aux_width=self.aux.width if c.needs_aux else None)
+
+    def before_step(self,
+        model:nn.Module, # before it encodes a batch
+        step:int, # 0-based
+    )->None:
+        "Prepare where nobody has, and mine where it is due."
+        model, c = getattr(model, 'module', model), self.config
+        if c.needs_momentum and self.slow is None or c.mined and self.pool is None: self.prepare(model)
+        if not c.mined or self.pool.mined and (step % c.mined_every if c.mined_every else True): return
+        device, (backend, _, index) = next(model.parameters()).device, c.miner.partition(':')
+        known, own = self._confirmed(), encode_set(model, self.data)
+        self.pool.mine_(own.images.to(device), own.texts.to(device), self.data.caption_image, None if not known else lambda i, j: torch.stack([look_up(m, i, j) for m in known]).any(0), backend, index or 'Flat')
+
+    def _confirmed(self):
+        "Matches beyond the own captions that are no material: the confirmed ones, and under an oracle all."
+        return [m for m in (self.known, self.truth if self.config.gate_by == 'truth' else None) if m is not None]
 
     def after_step(self,
         model:nn.Module, # after the optimiser's step
     )->None:
         "The slow copy follows, and the batch joins the queue."
-        if self.state is None: return
-        self.state.update_(getattr(model, 'module', model))
-        if self.state.queue is not None and self.pending is not None: self.state.queue.enqueue_(*self.pending, group=self.group)
+        if self.slow is None: return
+        self.slow.update_(getattr(model, 'module', model))
+        if self.slow.queue is not None and self.pending is not None: self.slow.queue.enqueue_(*self.pending, group=self.group)
         self.pending,self._seen = None,(None, None)
 
     def alpha(self,
@@ -188,16 +218,16 @@ class Objective:
         step:int, # 0-based
     )->tuple[Tensor,dict]: # loss, what to log
         inner = getattr(model, 'module', model)
-        if self.config.needs_momentum and self.state is None: self.prepare(inner)
+        self.before_step(inner, step)
         out = model(batch.images, batch.texts)
-        slow = None if self.state is None else self._slow(batch, getattr(model, 'micro_batch', 0))
+        slow = None if self.slow is None else self._slow(batch, getattr(model, 'micro_batch', 0))
         loss, stats = self.on_features(*out, batch, step, getattr(inner, 'logit_bias', None), slow)
         return loss, dict(logit_scale=out.logit_scale.item(), **stats)
 
     def _slow(self, batch, at_once):
         "The slow model's features, in the pieces that the model itself is encoded in."
         parts = [take_rows(batch, slice(i, i + (at_once or len(batch)))) for i in range(0, len(batch), at_once or len(batch))]
-        return tuple(torch.cat(side) for side in zip(*(self.state.features(p.images, p.texts) for p in parts)))
+        return tuple(torch.cat(side) for side in zip(*(self.slow.features(p.images, p.texts) for p in parts)))
 
     def on_features(self,
         image_features:Tensor, # (B,D)
@@ -288,9 +318,9 @@ class Objective:
         return infonce(*own, **shared, log_weights_per_image=per_image, log_weights_per_text=per_text), stats | dict(removed=per_image.isinf().float().mean().item())
 
     def _synthesised(self, own, momentum, batch, step):
-        "The losses that make negatives of their own, out of the batch and of the queue."
+        "The losses that make negatives of their own, out of the batch, the queue and the mined pool."
         c, settings = self.config, self._regulation(step)
-        entries = self.state.entries() if c.queue_size else {}
+        entries = self.slow.entries() if c.queue_size else {}
         aux = self.aux_features(batch) if c.needs_aux else (None, None)
         if c.queue_size: self.pending = (*momentum, batch.image_ids, *aux)
         alike = lambda x, like: x.to(like.dtype) if x.is_floating_point() else x                     # a queue keeps float32, whatever the features are
@@ -301,15 +331,38 @@ class Objective:
         remembered = {f'aux_{side}_queue': alike(entries[name], images) for side, name in zip(('image', 'text'), names)} if seen and entries else {}
         suspicion = None
         if c.synthesis.gate > 0: suspicion = Suspicion(**settings, image_view=images, text_view=texts, image_queue_view=remembered.get('aux_image_queue'), text_queue_view=remembered.get('aux_text_queue'))
-        known = [m for m in (self.known, self.truth if c.gate_by == 'truth' else None) if m is not None]
+        known, rows = self._confirmed(), self._mined(batch)
         both = None if not known else tuple(torch.stack([look(m, batch) for m in known]).any(0) for look in (self.look_up, self._texts_matches))
-        made = synthesise_both_ways(*own[:2], batch.image_ids, replace(c.synthesis, strategy=c.name), queue=queue, positives=both, suspicion=suspicion, seed=c.seed, step=step, group=self.group)
+        made = synthesise_both_ways(*own[:2], batch.image_ids, replace(c.synthesis, strategy=c.name), queue=queue, pools=rows and self._pools(rows, batch, known, images is not None and suspicion is not None),
+                                    positives=both, suspicion=suspicion, seed=c.seed, step=step, group=self.group)
         regulated = settings | seen | remembered | dict(weights='srcl') if c.regulated else {}
         one = dict(image_ids=batch.image_ids) if self.known is None else dict(positives=self.matches(batch))
         loss = itcontrast(*own, **one, **queue, **made.arguments, **regulated, synthetic_weight=c.synthetic_weight, intra_weight=c.intra_weight, multi_positive=c.multi_positive, group=self.group)
-        false = None
-        if self.truth is not None: false = self.look_up(self.truth, batch) & ~self.matches(batch), self._texts_matches(self.truth, batch) & ~self._texts_own(batch)
-        return loss, synthesis_stats(made, *own[:2], false, self.group) | (dict(alpha=settings['alpha']) if c.weighs else {})
+        return loss, synthesis_stats(made, *own[:2], self._false(batch, rows), self.group) | (dict(alpha=settings['alpha']) if c.weighs else {})
+
+    def _false(self, batch, rows):
+        "Unlabelled matches among the texts and among the images of the batch, and of the pool behind them; None without the truth."
+        if self.truth is None: return None
+        inside = self.look_up(self.truth, batch) & ~self.matches(batch), self._texts_matches(self.truth, batch) & ~self._texts_own(batch)
+        if rows is None: return inside
+        beyond = look_up(self.truth, batch.image_ids, rows[0]), look_up(self.truth, rows[1], batch.index).T.to(batch.image_ids.device)
+        owner = self.pool.caption_image.to(batch.image_ids.device)
+        own = owner[rows[0].to(owner.device)] == batch.image_ids[:,None], rows[1].to(owner.device) == batch.image_ids[:,None]
+        return tuple(torch.cat([a, b & ~c], 1) for a, b, c in zip(inside, beyond, own))
+
+    def _mined(self, batch):
+        "Captions mined for the images of a batch, over all processes, and images mined for its captions; None without a pool."
+        return None if self.pool is None else self.pool.of_batch(gather_rows(batch.image_ids, self.group), gather_rows(batch.index, self.group))
+
+    def _pools(self, rows, batch, known, viewed):
+        "The mined rows as material, with what is known of them."
+        device, (texts, images) = batch.image_ids.device, rows
+        out = [dict(features=self.pool.text_features[texts], ids=self.pool.caption_image[texts]), dict(features=self.pool.image_features[images], ids=images)]
+        if known:
+            out[0]['positives'] = torch.stack([look_up(m, batch.image_ids, texts) for m in known]).any(0)
+            out[1]['positives'] = torch.stack([look_up(m, images, batch.index) for m in known]).any(0).T
+        if viewed: out[0]['view'], out[1]['view'] = self.aux.texts[texts], self.aux.images[images]
+        return tuple(Pool(**{k: x.to(device) for k, x in one.items()}) for one in out)
 
     def _texts_own(self, batch):
         "Known positives as (texts of this process, images of all) bool."
@@ -322,7 +375,7 @@ class Objective:
 
     def _against_momentum(self, own, momentum, batch, step):
         "The losses whose candidates are the slow model's features, of the batch and of the queue."
-        c, entries = self.config, self.state.entries()
+        c, entries = self.config, self.slow.entries()
         aux = self.aux_features(batch) if c.needs_aux else (None, None)
         self.pending = (*momentum, batch.image_ids, *aux)
         queue = {k: entries[k] for k in ('image_queue', 'text_queue', 'queue_ids') if entries}
@@ -357,7 +410,7 @@ def look_up(
     return matches[images.cpu()[:,None], captions.cpu()[None,:]].to(images.device)
 
 def _weight_stats(weights, positives, truth):
-    "Mean weight of unlabelled matches, for the log."
+    "Mean weight of unlabelled matches, and how well a low weight finds them, for the log."
     if truth is None: return {}
     hidden = truth & ~positives
-    return dict(weight_false_negatives=weights[hidden].mean().item()) if hidden.any() else {}
+    return dict(weight_false_negatives=weights[hidden].mean().item(), weight_auroc=weight_auroc(weights, hidden, positives)) if hidden.any() else {}

@@ -82,7 +82,7 @@ def train_aux(
                 folder=folder, name='H on clean pairs', progress=progress, identity=identity)
     return (encode_set(H, batches.dataset) if look_up else AuxModel(H)), log
 
-# %% ../../nbs/54_train.recipe.ipynb #09582b74
+# %% ../../nbs/54_train.recipe.ipynb #09ae5821
 def run_recipe(
     make_model:Callable[[],nn.Module], # makes a fresh model; the seed is set before the call
     batches:Callable, # batches(k) yields batch k, k+1, ... of the training set
@@ -106,7 +106,7 @@ def run_recipe(
                                  known if clean is None else None, identity)
     seed_everything(recipe.train.seed)
     model = make_model()
-    objective = in_micro_batches(Objective(recipe.loss, recipe.model_steps, aux, truth, known), recipe.train.micro_batch)
+    objective = in_micro_batches(Objective(recipe.loss, recipe.model_steps, aux, truth, known, data=getattr(batches, 'dataset', None)), recipe.train.micro_batch)
     log = train(model, batches, objective, replace(recipe.train, steps=recipe.model_steps),
                 folder=folder, evaluate=evaluate, name=recipe.loss.name, progress=progress, tensorboard=tensorboard, identity=identity)
     return Trained(model, log, aux, aux_log)
