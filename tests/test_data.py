@@ -216,3 +216,12 @@ def test_published_cxc_csv_and_audit_rows(tmp_path):
 def test_light_imports():
     code = "import sys, vlwb.data.pairs, vlwb.data.inputs, vlwb.data.features, vlwb.data.relevance; print([m for m in ('transformers','datasets','webdataset','pandas','pyarrow','matplotlib','sklearn','umap') if m in sys.modules])"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+
+
+def test_a_verdict_log_whose_first_rows_say_no_time(tmp_path):
+    "What a script wrote first and a reviewer went on with: the last line about a pair counts, a withdrawn verdict is none."
+    rows = [dict(image_id='a', caption_id='1', verdict='match'), dict(image_id='a', caption_id='2', verdict='match', drawn='score'), dict(image_id='a', caption_id='1', verdict='no match', time='2026-01-01T00:00:00Z'),
+            dict(image_id='a', caption_id='2', verdict=None, score=.5, drawn='score')]
+    path = tmp_path/'verdicts.jsonl'; path.write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    found = read_matches(path, suspects_match=True)
+    assert found.matches.nnz == 0 and found.known.nnz == 1

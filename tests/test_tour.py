@@ -2,6 +2,7 @@
 import json, shutil, subprocess, sys
 from pathlib import Path
 import pytest
+from vlwb.lab import lab_command
 
 TOUR = Path(__file__).resolve().parent.parent/'nbs'/'index.ipynb'
 VIEWS = '.vlwb-matrix canvas', '.vlwb-regulation', '.vlwb-studio', '.vlwb-desk', '.vlwb-monitor', '.vlwb-retrieval'
@@ -31,6 +32,8 @@ def test_the_tour_shows_every_view_and_answers(where, chromium, request, shots):
         p.locator('.vlwb-card', has_text='similarity').first.wait_for()
         page.wait_pixels('.vlwb-matrix canvas', before)                       # the chosen pair is framed
         if where == 'lab': assert page.ask('explorer.state.cell') == [32, 32]
+        p.locator('.vlwb-studio canvas').first.wait_for()                         # jupyter-scatter's style sheet stays inside the studio
+        assert p.locator('.vlwb-monitor h3').first.evaluate('e => getComputedStyle(e).fontWeight') == '700'
         for n, view in enumerate(VIEWS):
             p.locator(view).first.scroll_into_view_if_needed(); p.wait_for_timeout(400); page.shot(shots/f'tour-{where}-{n}.png')
         assert not page.complaints()
@@ -43,6 +46,9 @@ def test_vlwb_lab_says_what_it_would_run_and_keeps_a_copy(tmp_path):
     run = lambda *more: subprocess.run([vlwb, 'lab', str(tmp_path/'work'), '--dry-run', *more], capture_output=True, text=True, timeout=120)
     said = run()
     assert said.returncode == 0 and 'jupyterlab' in said.stdout and 'vlwb_tour.ipynb' in said.stdout, said.stderr
+    assert 'voila' in run('--app').stdout and not (tmp_path/'work').exists()       # a dry run writes nothing
+    lab_command(tmp_path/'work')
     copy = tmp_path/'work'/'vlwb_tour.ipynb'
     assert json.loads(copy.read_text())['cells'][0]['source'][0].startswith('# A tour')
-    copy.write_text('mine'); assert 'voila' in run('--app').stdout and copy.read_text() == 'mine'
+    copy.write_text('mine'); lab_command(tmp_path/'work', app=True)
+    assert copy.read_text() == 'mine'

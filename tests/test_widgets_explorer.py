@@ -3,7 +3,7 @@ import json, time
 import numpy as np
 import pytest
 import torch
-import browser
+from vlwb.bench import browser
 from vlwb.core import make_generator
 from vlwb.data.pairs import Pairs
 from vlwb.widgets.explorer import Explorer, ExplorerState, cluster_order, mark_names, pair_facts
@@ -23,15 +23,17 @@ def gallery(n=6, per=2, captions=None, images=None, **more):
 
 
 def test_nan_similarities_have_no_colour_and_are_never_suspects():
-    g = gallery()
-    g.similarity[2] = float('nan')                      # the cached matrix: what a broken feature row gives
+    good, broken = gallery(), unit(6)
+    broken[2, 3] = float('nan')
+    g = Gallery(good.pairs, broken, good.text_features)
     explorer = Explorer(g)
+    assert '1 images have features that are not finite' in explorer.readout.value
     layer = explorer.canvas._data['similarity'][0]
     assert (layer[2] == NO_VALUE).all() and (layer[0] != NO_VALUE).all()
     explorer.state.threshold = -2.
     assert explorer.state.counts()['suspects'] == 5*12 - 10       # every unlabelled pair of the other five images
     explorer.canvas.cell = [2, 0]
-    assert 'nan' in explorer.cards.cards[0]['note']
+    assert 'no similarity' in explorer.cards.cards[0]['note'] and explorer.selected.rank_in_row.isna().all()
     explorer.figure()
 
 

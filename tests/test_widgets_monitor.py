@@ -1,7 +1,8 @@
 "The training monitor: logs as they really grow, its task without a browser, and the curves in JupyterLab and voila."
-import asyncio, json, math, threading, time
+import asyncio, gc, json, math, threading, time, weakref
 import pytest
-import browser
+from vlwb.bench import browser
+from ipywidgets.widgets.widget import _instances
 from vlwb.train.loop import RunLog, read_log
 from vlwb.widgets.monitor import LogTail, Monitor, MonitorState, charts_of, find_runs, run_status
 
@@ -57,7 +58,7 @@ def test_one_record_no_record_no_folder(tmp_path):
     (tmp_path/'run').mkdir(); (tmp_path/'run'/'log.jsonl').write_text('')
     monitor = Monitor(tmp_path, live=False); assert 'empty' in monitor.status.value and 'No record yet.' in monitor.says.value and not monitor.charts
     write(tmp_path/'run', dict(step=1, loss=2., logit_scale=20.)); monitor.now.click()
-    assert 'one record so far' in monitor.status.value and len(monitor.charts) == 2 and '1 point' in monitor.charts['loss', ('loss',), 'step'].summary
+    assert 'one record so far' in monitor.status.value and len(monitor.charts) == 2 and '1 point' in monitor.charts['loss', ('loss',)].summary
     monitor.x.value = 'seconds'; assert not monitor.charts and 'No record says the seconds' in monitor.says.value and 'No record' in monitor.figure().alt
     assert LogTail(tmp_path/'run'/'log.jsonl').look() is False, 'a file in place of a folder'
 
@@ -98,6 +99,59 @@ def test_the_task_looks_without_blocking(tmp_path):
         done = len(threads); await asyncio.sleep(.6); assert len(threads) <= done + 1
         monitor.live.value = True; assert monitor._task is not None; monitor.stop(); assert not monitor.live.value
     asyncio.run(session())
+
+
+def test_a_closed_view_is_gone_with_its_task_and_widgets(tmp_path):
+    write(tmp_path, dict(step=1, loss=1., seconds=1.), dict(step=2, loss=.5, seconds=2.))
+    async def session(end):
+        before = set(_instances); monitor = Monitor(tmp_path, live=True, every=.2); gone = weakref.ref(monitor)
+        await asyncio.sleep(.4); assert len(asyncio.all_tasks()) == 2 and set(_instances) > before
+        end(monitor); del monitor; await asyncio.sleep(.1); gc.collect()
+        assert len(asyncio.all_tasks()) == 1 and gone() is None and set(_instances) == before
+    asyncio.run(session(lambda m: m.widget.close())); asyncio.run(session(lambda m: m.close()))
+
+
+def test_between_looks_the_task_keeps_nothing_alive(tmp_path):
+    write(tmp_path, dict(step=1, loss=1.))
+    async def session():
+        monitor = Monitor(tmp_path, live=True, every=.3); await asyncio.sleep(.15); gone = weakref.ref(monitor)
+        for w in list(_instances.values()): w.unobserve_all()                           # ipywidgets keeps all widgets, and they their view
+        monitor.state.unobserve_all(); del monitor; gc.collect(); assert gone() is None
+        await asyncio.sleep(.4); assert len(asyncio.all_tasks()) == 1
+    asyncio.run(session())
+
+
+def test_it_rests_while_no_page_shows_it(tmp_path):
+    write(tmp_path, dict(step=1, loss=1.))
+    async def session():
+        monitor = Monitor(tmp_path, live=True, every=.2); w = monitor.widget; assert w._view_count == 0 and monitor.live.value
+        w._view_count = 1; w._view_count = 2; w._view_count = 1; assert monitor.live.value
+        w._view_count = 0; await asyncio.sleep(0); assert not monitor.live.value and len(asyncio.all_tasks()) == 1
+        w._view_count = 1; assert monitor.live.value and monitor._task is not None
+        monitor.live.value = False; w._view_count = 0; w._view_count = 1; assert not monitor.live.value, 'who stopped it wants it stopped'
+        monitor.close()
+    asyncio.run(session())
+
+
+def test_what_is_dropped_is_closed(tmp_path):
+    "ipywidgets keeps every widget that is not closed: charts, sections and curves come and go, their number does not grow."
+    for name, more in (('a', {}), ('b', dict(hardness=.5, alpha=.1))): write(tmp_path/name, *(dict(step=k, loss=1/k, seconds=k/3, lr=.1*k, **more) for k in range(1, 60)))
+    write(tmp_path/'timeless', dict(step=1, loss=2.))
+    before = set(_instances); monitor = Monitor(tmp_path, live=False); s = monitor.state
+    def count(change): change(); return len(set(_instances) - before)
+    def there_and_back():
+        monitor.x.value = 'seconds'; monitor.x.value = 'step'
+        for chosen in (['a'], ['timeless'], [], ['a', 'b', 'timeless']): s.chosen = chosen
+        monitor.smooth.value = 0.; monitor.smooth.value = .05
+    kept = dict(monitor.charts); first = count(lambda: None)
+    assert count(lambda: [setattr(monitor.x, 'value', x) for x in ('seconds', 'step')*5]) == first and monitor.charts == kept
+    monitor.x.value = 'seconds'; chart = monitor.charts['loss', ('loss',)]; dots = chart._marks['a'][1]
+    assert chart.x_axis.label == 'seconds of training' == dots.tooltip.labels[0] and dots.tooltip.labels[1] == 'a, loss'; monitor.x.value = 'step'
+    assert chart.x_axis.label == 'step' == dots.tooltip.labels[0]
+    assert {count(there_and_back) for _ in range(4)} == {first}
+    s.chosen = ['a']; shown = {w.model_id for w in (monitor.panel, *monitor.panel.children, *monitor.charts.values(), *(m for c in monitor.charts.values() for m in c.chart.marks))}
+    assert shown <= set(_instances), 'nothing that is shown is closed'
+    monitor.close(); assert set(_instances) == before; s.look()
 
 
 def test_without_a_loop_it_says_so(tmp_path):
@@ -153,3 +207,16 @@ def test_dark_theme_and_hover(lab, tmp_path):
     dot = p.locator('.vlwb-monitor .vlwb-chart').first.locator('.dot').nth(3); dot.hover(force=True)
     hint = p.get_by_text('run, loss'); hint.wait_for(timeout=5000); assert hint.locator('xpath=..').inner_text().split()[-1] == '0.75'
     page.shot(lab.shots/'monitor-dark.png')
+
+
+def test_in_the_browser_a_cell_that_runs_again_leaves_no_second_task(lab, tmp_path):
+    "The browser says that the old view is gone: its task ends, the new one looks."
+    write(tmp_path/'run', *(dict(step=k, seconds=k/5, loss=3/k) for k in range(1, 25)))
+    page = lab([CELLS.format(folder=str(tmp_path/'run')).replace('monitor = ', 'all = [*globals().get("all", []), Monitor(folder, every=.3)]; monitor = all[-1] #')]); p = page.page
+    p.locator('.vlwb-monitor .vlwb-chart path.line').first.wait_for(state='attached')
+    p.locator('.jp-CodeCell').first.click(); p.keyboard.press('Escape'); p.keyboard.press('Control+Enter')
+    for _ in range(40):
+        live = page.ask('[(m.live.value, m.widget._view_count) for m in all]')
+        if [tuple(x) for x in live] == [(False, 0), (True, 1)]: break
+        p.wait_for_timeout(250)
+    assert [tuple(x) for x in live] == [(False, 0), (True, 1)]

@@ -2,7 +2,7 @@
 import math, time
 import numpy as np, pytest, torch, traitlets
 from torch.testing import assert_close
-import browser
+from vlwb.bench import browser
 from vlwb.core import make_generator
 from vlwb.data.pairs import Pairs
 from vlwb.data.relevance import from_pairs
@@ -10,9 +10,10 @@ from vlwb.eval.semantics import detection_by_weight
 from vlwb.losses.infonce import infonce
 from vlwb.losses.probe import infonce_gradient, similarity_gradient
 from vlwb.losses.srcl import pair_weights, srcl
+from vlwb.negatives.weights import weight_auroc
 from vlwb.widgets.charts import Histogram, LineChart
 from vlwb.widgets.gallery import Gallery
-from vlwb.widgets.regulation import PAIR_KINDS, RegulationLab, RegulationState, count_weights, pair_kinds, read_out_words
+from vlwb.widgets.regulation import FINE, PAIR_KINDS, RegulationLab, RegulationState, count_weights, kinds_of_batch, read_out_words
 
 
 def unit(x): return torch.nn.functional.normalize(x, dim=1)
@@ -67,10 +68,44 @@ def test_counts():
     with pytest.raises(ValueError, match='one shape'): count_weights(w, kinds[:5])
 
 
+@pytest.mark.parametrize('norm', ['mean', 'softmax'])
+@pytest.mark.parametrize('tau_s', [10., .05, .02, .01, .004])
+def test_counts_of_very_small_weights(tau_s, norm):
+    "AUROC, medians and quantiles over the whole range of the slider, against the exact ones."
+    g = batch(200, groups=20); s = RegulationState(g, similarity_temperature=tau_s, norm=norm)
+    log_w, c = s.weights().log_weights_per_image, s.counted()
+    assert c.auroc == pytest.approx(weight_auroc(log_w, torch.from_numpy(g.truth == 1), g.own), abs=5e-4) and s.read_outs()['auroc'] == c.auroc
+    for n, k in ((1, 'false_negatives'), (2, 'hard_negatives'), (3, 'negatives')):
+        exact = float(log_w[s.kinds == n].median())
+        assert c.log_medians[k] == pytest.approx(exact, abs=.01, rel=5e-3)
+    for q in (.02, .3, .9): assert c.log_quantiles(q)[0] == pytest.approx(float(log_w[s.kinds > 0].sort().values[int(q*int((s.kinds > 0).sum()))]), abs=.05, rel=1e-2)
+    counts, edges = c.coarse()
+    assert (np.diff(edges) > 0).all() and np.isfinite(np.log(edges)).all() and sum(v.sum() for v in counts.values()) == int((s.kinds > 0).sum())
+    lab = RegulationLab(g, similarity_temperature=tau_s, norm=norm); assert np.isfinite(lab.histogram.edges).all()
+    axis = lab.figure().axes[0]; low, high = axis.get_xlim(); assert sum(low <= t <= high for t in axis.get_xticks()) >= (2 if tau_s < 1 else 1)
+
+
+def test_counts_of_what_is_no_number():
+    w, kinds = torch.randn(6, 50, generator=make_generator(0)), torch.full((6, 50), 3); kinds[:, :10] = 1
+    w[2], w[0, 0], kinds[0, 0] = -math.inf, math.nan, 0
+    c = count_weights(w, kinds); assert sum(c.total.values()) == 299 and c.edges[-1] < 10 and math.isfinite(c.auroc)
+    tied = count_weights(torch.zeros(4, 4), torch.tensor([[1, 1, 3, 2]]*4)); assert tied.auroc == .5 and tied.medians['negatives'] == pytest.approx(1, abs=1e-5)
+    assert count_weights(torch.zeros(0, 0), torch.zeros(0, 0)).total['own'] == 0
+
+
+def test_colours_hold_the_weights():
+    for tau_s, most in ((1., .02), (.05, .02), (.02, .02), (.01, .1)):
+        lab = RegulationLab(batch(200, groups=20), similarity_temperature=tau_s); w = lab.state.values(); info = lab.matrix._data['weight'][1]
+        assert info['low']*info['high'] == pytest.approx(1) and info['high'] >= 1.25 and info['high'] < 2**127
+        inside = w[~w.isnan()]; assert len(inside) == 200*199 and float(((inside < info['low']*.999) | (inside > info['high']*1.001)).float().mean()) <= most
+        layer = lab.matrix._data['weight'][0]; assert float(((layer == 0) | (layer == 254)).float().mean()) <= max(most, .05) or tau_s == .01
+    lab.state.similarity_temperature = lab.state.traits()['similarity_temperature'].min; w = lab.state.values(); assert int((~w.isnan()).sum()) == 200*199
+
+
 def test_kinds():
-    g = batch(12, 2, 4, judged=5); kinds, truth = pair_kinds(g, 2), torch.from_numpy(g.truth)
+    g = batch(12, 2, 4, judged=5); kinds, truth = kinds_of_batch(g, 2), torch.from_numpy(g.truth)
     assert ((kinds == 2).sum(1)[:5] == 2).all() and not (kinds[5:] == 2).any() and (kinds == 4).equal((truth < 0) & ~g.own) and (kinds == 1).equal((truth == 1) & ~g.own)
-    assert not (pair_kinds(g, 0) == 2).any() and set(pair_kinds(batch(6, judged=0)).unique().tolist()) == {0, 4}
+    assert not (kinds_of_batch(g, 0) == 2).any() and set(kinds_of_batch(batch(6, judged=0)).unique().tolist()) == {0, 4}
 
 
 def test_removal_and_read_outs():
@@ -87,10 +122,11 @@ def test_removal_and_read_outs():
 
 
 def test_only_what_depends_is_computed():
-    s = RegulationState(batch()); s.read_outs(); weights, before, counted = s.weights(), s.before(), s.counted()
-    s.temperature = .1; s.read_outs(); assert s.weights() is weights and s.counted() is counted and s.before() is not before
-    before = s.before(); s.delta = 5.; assert s.weights() is weights                                    # cancels under 'mean'
-    s.alpha = .5; s.read_outs(); assert s.weights() is not weights and s.before() is before
+    s = RegulationState(batch()); s.read_outs(); kept = lambda: s._kept['before'][1]; weights, before, counted = s.weights(), kept(), s.counted()
+    s.temperature = .1; s.read_outs(); assert s.weights() is weights and s.counted() is counted and kept() is not before
+    before = kept(); s.delta = 5.; assert s.weights() is weights                                    # cancels under 'mean'
+    s.alpha = .5; s.read_outs(); assert s.weights() is not weights and kept() is before
+    weights = s.weights(); s.let_go(); assert s.weights() is weights; s.let_go(most=10); assert s.weights() is not weights
 
 
 def test_controls_and_state_are_linked():
@@ -121,6 +157,45 @@ def test_where_something_is_missing():
     holes.state.cell = [3, 4]; assert 'left out' in holes.pair_card.cards[0]['badges'][0]['text'] and 'nan' in holes.pair_card.cards[0]['note']
     kept = torch.ones(40, 40).bool(); kept[3] = kept[:, 7] = False
     assert holes.state.before()[0] == pytest.approx(float(infonce(g.image_features, g.text_features, 1/.07, keep=kept)), abs=1e-5)
+
+
+def test_gaps_leave_out_pairs_not_kinds():
+    g = batch(); own = g.similarity.clone(); g.similarity[3, 5] = math.inf; g.similarity[7] = math.nan; g.aux_similarity[:, 9] = math.nan
+    s = RegulationState(g); assert s.left_out == 41 and ((s.kinds == 2).sum(1)[[i for i in range(40) if i != 7]] == 3).all() and not (s.kinds[7] > 0).any()
+    assert s.similarity.isfinite().all() and s.similarity[0].equal(own[0])
+    lab = RegulationLab(g); hard = [m['count'] for m in lab.matrix.marks if m['name'] == 'hard_negatives']; assert hard == [117]
+    before = lab.state.losses()[0]; lab.state.alpha = .5                                                 # now the second view has a say
+    assert lab.state.left_out == 80 and '80 pairs' in lab.status.value and not (lab.state.kinds[:, 9] > 0).any() and lab.state.losses()[0] != before
+    assert {m['name']: m['count'] for m in lab.matrix.marks}['hard_negatives'] == int((lab.state.kinds == 2).sum())
+    lab.state.layer = 'second view'; assert lab.state.values()[:, 9].isnan().all() and lab.state.values()[7, :9].isfinite().all()
+    lab.state.alpha = 0.; assert lab.state.left_out == 41 and lab.state.losses()[0] == before
+    s.treatment, s.threshold = 'remove', 0.; assert s.read_outs()['emptied'] == 0                        # nothing was there to be removed
+    s.threshold, s.similarity_temperature = 3., s.traits()['similarity_temperature'].max; assert s.read_outs()['emptied'] == 39
+
+
+@pytest.mark.parametrize('treatment', ['weigh', 'remove', 'both'])
+def test_a_pair_has_the_push_of_its_matrix(treatment):
+    g = batch(12, 2, 4); g.similarity[2, 3] = math.nan
+    s = RegulationState(g, alpha=.5, treatment=treatment, threshold=.9); before, after, unit = s.before()[1], s.after()[1], s.pushes()['unit']
+    for i, j in ((0, 0), (0, 5), (2, 3), (11, 20), (4, 1)):
+        p = s.pair(i, j); assert (p['push_before']*unit, p['push_after']*unit) == pytest.approx((float(before[i, j]), float(after[i, j])), abs=1e-6)
+        assert p['weight_per_text'] == float(s.used().log_weights_per_text[i, j].exp())
+
+
+def test_memory_of_a_large_batch():
+    "Of matrices only the two of weights are kept in floats; kinds, places and what the canvas sends are bytes."
+    g = batch(300, groups=30, judged=10); lab = RegulationLab(g, alpha=.5, treatment='both', threshold=.8, layer='push after')
+    for x in ('weight', 'push before', 'push after'): lab.state.layer = x
+    given, kept = {x.data_ptr() for x in (g.similarity, g.aux_similarity, g.own)}, {}
+    def visit(x):
+        if isinstance(x, torch.Tensor): kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        elif isinstance(x, dict): [visit(v) for v in x.values()]
+        elif isinstance(x, (tuple, list)): [visit(v) for v in x]
+        elif type(x).__name__ in ('PairWeights',): visit(list(vars(x).values()))
+    visit([vars(lab.state), lab.matrix._data])
+    small = 8*len(PAIR_KINDS)*FINE; beyond = lambda: sum(v for k, v in kept.items() if k not in given and v != small)
+    assert 2*4*90000 <= beyond() < 4*4*90000
+    lab.state.let_go(most=10); kept.clear(); visit([vars(lab.state), lab.matrix._data]); assert beyond() < 2*4*90000
 
 
 def test_charts():

@@ -5,7 +5,7 @@ import pytest
 import torch
 import traitlets as T
 from PIL import Image
-import browser
+from vlwb.bench import browser
 from vlwb.core import make_generator
 from vlwb.data.pairs import Pairs
 from vlwb.data.relevance import from_pairs
@@ -35,7 +35,7 @@ def test_results_are_those_of_the_score_matrix(direction):
             values, index = scores.sort(descending=True, stable=True); hits = state.hits(n)
             assert hits.index.tolist() == index[:7].tolist(); np.testing.assert_allclose(hits.similarity, values[:7], atol=1e-6)
             truth, own = (x[query] if direction == 'i2t' else x[:,query] for x in (g.truth, g.own.numpy()))
-            assert hits.kinds == ['own' if own[i] else {1: 'match', 0: 'non-match', -1: 'unknown'}[int(truth[i])] for i in hits.index]
+            assert hits.kinds == ['own' if own[i] else {1: 'match', 0: 'non-match', -1: 'nobody looked'}[int(truth[i])] for i in hits.index]
             right = torch.from_numpy(own | (truth == 1)); first = (~right[index]).cumsum(0)[right[index]][0] if right.any() else None
             assert state.standing(n) == dict(matches=int(right.sum()), rank=1. + int(first))
 
@@ -59,7 +59,7 @@ def test_only_own_captions_count_on_demand():
     a, b = galleries(); state = RetrievalState(a, b, direction='i2t', judged_by='own')
     assert (state.disagreements().matches == 2).all()
     state.judged_by = 'all'; assert (state.disagreements().matches > 2).any()
-    blind = RetrievalState(*galleries(known=False)); assert blind.judged_by == 'own' and set(blind.table().known) <= {'own', 'unknown'}
+    blind = RetrievalState(*galleries(known=False)); assert blind.judged_by == 'own' and set(blind.table().known) <= {'own', 'not known'}
     with pytest.raises(T.TraitError, match='needs a gallery with relevance'): blind.judged_by = 'all'
 
 
@@ -119,6 +119,14 @@ def test_controls_and_state():
     view.judged_by.value = 'own'; assert s.judged_by == 'own' and view.rows.rows[0][1] == '2'
 
 
+def test_words_are_found_in_captions_and_ids_in_any_case():
+    pairs = Pairs.from_arrays(None, ['A Black DOG', 'Straße am Meer', '', 'dog'], [0, 0, 1, 2], image_ids=['Park_One', 'COCO_0042', 'c'], caption_ids=['X1', 'x2', 'Note 7b', 'y'])
+    a, b = (Gallery(pairs, unit(3, k), unit(4, k + 9)) for k in (1, 2)); s = RetrievalState(a, b)
+    for direction, cases in (('t2i', {'dog black': [0], 'DOG': [0, 3], 'STRASSE': [1], 'x': [0, 1], '7B note': [2], 'coco': [], '  ': [0, 1, 2, 3]}), ('i2t', {'park': [0], 'one PARK': [0], 'coco 42': [1], 'dog': [0, 2], 'dog meer': [], 'note': []})):
+        s.turn(direction)
+        for s.search, found in cases.items(): assert s.found().tolist() == found, s.search
+
+
 def test_a_large_set_is_compared_when_asked():
     a, b = galleries(); view = RetrievalBrowser(a, b, compared=False)
     assert view.rows.rows == [] and view.all.layout.display == 'none' and len(view.lists[0].cards) == 5
@@ -132,7 +140,7 @@ def test_queries_of_ones_own():
     view.text.value = ' '; view.ask.click(); assert s.source == 'index' and 'Type a text' in view.says.value
     view.text.value = 'something <i>new</i>'; view.ask.click()
     assert s.source == 'text' and s.direction == 't2i' == view.direction.value and len(seen) == 2 and view.asked.cards[0]['texts'][0]['text'] == 'something <i>new</i>'
-    assert s.hits(0).index.tolist() == a.image_features[:,0].sort(descending=True, stable=True).indices[:5].tolist() and set(s.hits(0).kinds) == {'unknown'} and 'not judged' in view.says.value
+    assert s.hits(0).index.tolist() == a.image_features[:,0].sort(descending=True, stable=True).indices[:5].tolist() and set(s.hits(0).kinds) == {'nobody looked'} and 'nobody looked' in view.says.value
     view.chooser.chosen = 4; assert s.source == 'index' and s.query == 4
     s.show_picture(Image.new('RGB', (30, 20), 'blue')); assert s.source == 'picture' and s.direction == 'i2t' and view.asked.thumbnails(99) and s.hits(1).index.tolist() == b.text_features[:,1].sort(descending=True, stable=True).indices[:5].tolist()
     first = view.asked.cards[0]['picture']; s.show_picture(Image.new('RGB', (30, 20), 'red')); assert view.asked.cards[0]['picture'] != first, 'the browser keeps pictures by number'

@@ -12,7 +12,7 @@ from vlwb.data.relevance import read_matches
 from vlwb.negatives.audit import write_suspects
 from vlwb.widgets.gallery import Gallery
 from vlwb.widgets.reviewer import Reviewer, ReviewerState, VerdictLog, read_suspects, review_precision, suspect_page
-import browser
+from vlwb.bench import browser
 
 COLOURS = ['red', 'green', 'blue', 'white']
 TEXTS = ['<script>alert(1)</script>', 'قطة تنام على السرير', 'long ' * 300, 'a <b>bold</b> cat']

@@ -3,7 +3,7 @@ import time
 import numpy as np
 import pytest
 import torch
-import browser
+from vlwb.bench import browser
 from vlwb.core import make_generator
 from vlwb.data.pairs import Pairs
 from vlwb.data.relevance import from_pairs
@@ -63,7 +63,7 @@ def test_truth_of_one_anchor_is_a_line_of_the_matrix(direction):
     g = gallery(); g = Gallery(g.pairs, g.image_features, g.text_features, known.restrict(g.pairs))
     for i in (1, 3, 4, 9):
         assert (truth_of(g, direction, i) == (g.truth[i] if direction == 'image' else g.truth[:,i])).all()
-    assert set(StudioState(g, anchor=3, hardest=8).negatives()['status']) == {'true negative', 'false negative', 'not judged'}
+    assert set(StudioState(g, anchor=3, hardest=8).negatives()['status']) == {'non-match', 'unlabelled match', 'nobody looked'}
 
 
 def test_only_what_a_control_changes_is_computed_again(monkeypatch):
@@ -130,6 +130,35 @@ def test_hostile_captions_missing_files_and_no_pictures_are_text(tmp_path):
         for html in (view.says, view.words, view.tally, view.hover, view.effects, view.legend): assert '<script' not in html.value and '<img' not in html.value
         view.search.value = '<img'; view._over(dict(new=0))
     assert len(view.hits.cards) == 1 and studio(2, 2, images=None, strata=2).hits.cards[0]['picture'] == -1
+
+
+def judged(n, hardest, *pairs):
+    "Image 0 of n with one caption each; of its pairs those that are told, as (caption, match)."
+    g = gallery(n, 1, second=False)
+    known = from_pairs(['photo <0>']*len(pairs), [str(j) for j, _ in pairs], [m for _, m in pairs])
+    return Studio(Gallery(g.pairs, g.image_features, g.text_features, known.restrict(g.pairs)), hardest=hardest, strata=1)
+
+
+def test_what_nobody_looked_at_is_no_true_negative():
+    near = studio(6, 1, second=False, hardest=4, strata=1).state.negatives()['position'].tolist()[:4]
+    nothing = judged(6, 4, (0, True))                                                    # somebody looked at its own caption only
+    row = nothing.state.synthetics().iloc[0]; assert np.isnan(row.made_of_false) and row.made_of_unknown == 1
+    said = nothing.state.words() + ' '.join(b['text'] for b in nothing.made.cards[0]['badges'])
+    assert said.count('nobody looked at its parents') == 2 and '%' not in said and nothing.made.cards[0]['badges'][0]['tone'] == 'unknown'
+    some = judged(6, 4, (near[0], True), (near[1], False)); row = some.state.synthetics().iloc[0]; parents = some.state.parents()
+    share = parents.groupby('status')['mixing'].sum() / parents['mixing'].sum()
+    assert set(share.index) == {'unlabelled match', 'non-match', 'nobody looked'} and row.made_of_false == pytest.approx(share['unlabelled match'], abs=1e-5) and row.made_of_unknown == pytest.approx(share['nobody looked'], abs=1e-5)
+    text = f'{share["unlabelled match"]:.0%} from known false negatives, {share["nobody looked"]:.0%} where nobody looked'
+    assert text in some.state.words() and some.made.cards[0]['badges'][0]['text'] == text
+    every = judged(6, 4, *((j, j == near[0]) for j in near)); row = every.state.synthetics().iloc[0]
+    assert row.made_of_unknown == 0 and 'from false negatives.' in every.state.words()
+
+
+def test_images_without_any_caption_have_nothing_to_show():
+    for n in (1, 3):
+        view = Studio(gallery(n, 0, captions=[]), anchor=n - 1); assert 'holds no captions' in view.says.value and view.hard.cards == view.made.cards == [] and len(view.anchor.cards) == 1 and view.figure().alt
+        view.direction.value = 'caption'; assert 'holds no captions' in view.says.value
+        view.direction.value = 'image'; view.strategy.value = 'synco'; view.state.anchor = n - 1; assert 'k must be' not in view.says.value and view.state.synthetics().empty
 
 
 @pytest.mark.parametrize('n, per', [(1, 1), (0, 1), (2, 1)])

@@ -80,7 +80,7 @@ def _repeat(pairs, images, format, split, skip_bad):
     given = [('--images', images), ('--format', format if format != 'auto' else None), ('--split', split)]
     return ' '.join([str(pairs), *(f'{k} {v}' for k, v in given if v is not None), *(['--skip-bad'] if skip_bad else [])])
 
-# %% ../nbs/85_cli.ipynb #12655e13
+# %% ../nbs/85_cli.ipynb #1228a9f2
 @app.command(epilog='Examples:  vlwb audit captions.jsonl --out audit   |   vlwb audit dataset_coco.json --images coco --split val --out audit   |   vlwb audit features.npz --out audit')
 def audit(
     pairs:Source,
@@ -106,7 +106,9 @@ def audit(
     if s['expected_in_a_batch']:
         print_table([{'batch': e['batch'], 'suspects expected': f"{e['suspects']:,.1f}", 'per image': f"{e['per_anchor']:.3f}"} for e in s['expected_in_a_batch']], f"{s['images']:,} images, {s['captions']:,} captions; a suspect scores at least {s['threshold']:.3f}")
     typer.echo(f"{s['suspects_listed']} suspects in {out/'suspects.jsonl'}, with pictures in {out/'audit.html'}.")
-    typer.echo(f"Next: review the list in JupyterLab (vlwb lab):  Reviewer({str(out)!r}, ...);  then  vlwb train {_repeat(pairs, images, format, split, skip_bad)} --known {out/'verdicts.jsonl'}")
+    show = f"read_pairs({str(pairs)!r}" + (f", images={str(images)!r}" if images else '') + (f", split={split!r}" if split else '') + ')'
+    typer.echo(f"Next: review the list in JupyterLab:\n\n    from vlwb.data.pairs import read_pairs\n    from vlwb.widgets.reviewer import Reviewer\n    Reviewer({str(out)!r}, {show})\n")
+    typer.echo(f"then  vlwb train {_repeat(pairs, images, format, split, skip_bad)} --known {out/'verdicts.jsonl'}   (or, without a review, all of them: --known {out/'suspects.jsonl'})")
 
 # %% ../nbs/85_cli.ipynb #14cc259e
 _panel = 'Synthetic negatives'
@@ -336,7 +338,7 @@ def _beside_the_paper(pairs, out, rerank):
     ours = {'this run': out['strict']} | ({f'this run, {rerank} re-ranked': found} if (found := out.get(f'strict, first {rerank} re-ranked')) else {})
     print_table([{k: v if isinstance(v, str) else f'{v:.1f}' for k, v in row.items()} for row in results_table(ours, known).to_dict('records')], f'{known}, fine-tuned: the rows of the paper are its own, after re-ranking')
 
-# %% ../nbs/85_cli.ipynb #208f542c
+# %% ../nbs/85_cli.ipynb #20920450
 @app.command(epilog='Examples:  vlwb lab   |   vlwb lab work   |   vlwb lab --app')
 def lab(
     folder:Annotated[Path, typer.Argument(help='Where to work; the tour is copied there, once.')]=Path('.'),
@@ -347,7 +349,7 @@ def lab(
 ):
     "Open JupyterLab at the guided tour."
     from vlwb.lab import lab_command
-    command = lab_command(folder, as_app, port, browser)
+    command = lab_command(folder, as_app, port, browser, not dry_run)
     typer.echo(' '.join(command))
     if dry_run: return
     import subprocess

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KINDS', 'FEATURE_FILES', 'STAGES', 'InputConfig', 'main_file', 'read_set', 'fingerprint', 'read_known',
            'image_transform', 'RegionConfig', 'region_names', 'region_key', 'LiveRegions', 'open_regions', 'Photos',
-           'grid_tower', 'grid_regions', 'region_set', 'as_dataset', 'make_model', 'train_pairs', 'skipped',
-           'load_model', 'world_of', 'read_relevance', 'eval_pairs', 'audit_evidence', 'audit_pairs']
+           'grid_tower', 'grid_regions', 'region_set', 'as_dataset', 'make_model', 'known_beyond', 'train_pairs',
+           'skipped', 'load_model', 'world_of', 'read_relevance', 'eval_pairs', 'audit_evidence', 'audit_pairs']
 
 # %% ../nbs/83_workflows.ipynb #0255c07e
 import hashlib, json, os, re
@@ -330,7 +330,15 @@ def make_model(
     else: specs = tuple(dict(features=f.shape[1], hidden=c.hidden) for f in (dataset.image_features, dataset.text_features))
     return DualEncoder(DualEncoderConfig(*specs, projection_dim=c.projection_dim, logit_scale=c.logit_scale, logit_bias=c.logit_bias))
 
-# %% ../nbs/83_workflows.ipynb #15edae1f
+# %% ../nbs/83_workflows.ipynb #15ff552a
+def known_beyond(
+    matches:Relevance, # in the order of the set
+    caption_image:np.ndarray, # (M,) image of each caption
+)->int: # pairs
+    "Matches that are not a caption with its own image."
+    rows, columns = matches.matches.nonzero()
+    return int((np.asarray(caption_image)[columns] != rows).sum())
+
 def train_pairs(
     source:str|Path, # pairs or features
     out:str|Path, # the run's folder
@@ -355,6 +363,7 @@ def train_pairs(
     clean_data = None if clean is None else read_set(clean, images, on_error=on_error)
     other = None if clean is None else as_dataset(clean_data, config, getattr(dataset, 'tokenizer', None))
     matches = None if known is None else read_known(known, data, split, on_error)
+    if matches is not None and progress: print(f'{Path(known).name}: {known_beyond(matches, dataset.caption_image):,} confirmed matches beyond the own captions become positives')
     identity = dict(inputs=asdict(config), batch_size=batch_size, set=fingerprint(data), clean=clean_data and fingerprint(clean_data),
                     known=matches and config_hash([a.tolist() for a in matches.matches.nonzero()]))
     trained = run_recipe(lambda: make_model(dataset, config), batches(dataset), recipe, None if other is None else batches(other),

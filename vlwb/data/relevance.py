@@ -322,7 +322,7 @@ def verified_false_negatives(
     keep = (pairs.caption_image[g.col] != g.row) & ((g.data >= at_least) | (g.data < below))
     return g.row[keep].astype(np.int64), g.col[keep].astype(np.int64), g.data[keep] >= at_least
 
-# %% ../../nbs/16_data.relevance.ipynb #33ee54d1
+# %% ../../nbs/16_data.relevance.ipynb #3382148f
 _verdicts = {'match': True, 'yes': True, 'true': True, 'no match': False, 'non match': False, 'nonmatch': False, 'no': False, 'false': False, 'unsure': None, 'unknown': None, 'withdrawn': None, '': None}
 
 def parse_verdict(
@@ -335,10 +335,9 @@ def parse_verdict(
 
 def _is_log(path):
     "Whether the rows say when or how they were judged, so that a later one replaces an earlier one."
-    first = next((row for _, row in json_rows(path, Problems('skip'))), {})
-    return 'verdict' in first and ('time' in first or 'drawn' in first)
+    return any('verdict' in row and ('time' in row or 'drawn' in row) for _, row in json_rows(path, Problems('skip')))
 
-# %% ../../nbs/16_data.relevance.ipynb #36c28081
+# %% ../../nbs/16_data.relevance.ipynb #360ef676
 def read_matches(
     path:str|Path, # JSON lines: image_id, caption_id, optional verdict; or the audit's suspects.jsonl; or a reviewer's verdicts.jsonl
     pairs:Pairs|None=None, # the set: ids must be in it, rows and columns get its order
@@ -356,7 +355,7 @@ def read_matches(
         if unknown: problems.add(f'{where}: {", ".join(unknown)} is not in {pairs.source}; correct it or remove the row'); continue
         try: says = parse_verdict(row.get('verdict'))
         except ValueError as e: problems.add(f'{where}: {e}'); continue
-        if row.get('verdict') in (None, ''): says = suspects_match or None if 'score' in row or 'why' in row else True
+        if row.get('verdict') in (None, '') and not log: says = suspects_match or None if 'score' in row or 'why' in row else True
         key = tuple(ids)
         if not log and out.get(key, says) != says: problems.add(f'{where}: image {ids[0]} and caption {ids[1]} were judged otherwise above; keep one row')
         else: out[key] = says

@@ -43,8 +43,8 @@ def negative_gradients(
     positives = torch.zeros(similarity.shape, dtype=torch.bool, device=cosines.device); positives[0,0] = True
     return similarity_gradient(lambda v, t: loss(v, t, positives), similarity)[1][0,1:]
 
-# %% ../../nbs/20d_losses.probe.ipynb #1688caac
-def _side_gradient(similarity, positives, logit_scale, log_weights, add, rows=64):
+# %% ../../nbs/20d_losses.probe.ipynb #162cd376
+def _side_gradient(similarity, positives, logit_scale, log_weights, add, rows=32):
     "Mean loss of the anchors in rows; their share of dL/dsimilarity goes to `add(rows, block)`."
     anchors, total = int(positives.any(1).sum()), 0.
     for at in (slice(i, i + rows) for i in range(0, len(similarity), rows)):

@@ -61,14 +61,14 @@ def share_removed(
     negatives = ~known_positives(weights.shape, positives=positives, device=weights.device) & (weights > 0)
     return float((negatives & (weights < threshold)).sum() / negatives.sum().clamp(min=1))
 
-# %% ../../nbs/30_negatives.weights.ipynb #19273e8d
+# %% ../../nbs/30_negatives.weights.ipynb #19678f3f
 def row_moments(
     weights:Tensor, # (N,M) weights, anchors in rows
     similarity:Tensor, # (N,M) whatever the weights are to be compared with
     negatives:Tensor, # (N,M) bool
 )->dict[str,Tensor]: # mean, covariance, correlation, effective_share, each (N,) float64; NaN where not defined
     "Mean weight, its covariance and correlation with a similarity, and effective share, over the negatives of each anchor."
-    parts = [_moments(*part) for part in zip(weights.split(64), similarity.split(64), negatives.split(64))]      # some anchors at a time stay in the cache
+    parts = [_moments(*part) for part in zip(weights.split(32), similarity.split(32), negatives.split(32))]      # some anchors at a time stay in the cache
     return {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
 
 def _moments(weights, similarity, negatives):
@@ -92,14 +92,16 @@ def weight_conditions(
     if keep is not None: negatives &= check_mask('keep', keep, weights.shape, weights.device)
     return {k: float(v.nanmean()) for k, v in row_moments(weights.detach(), similarity.detach(), negatives).items()}
 
-# %% ../../nbs/30_negatives.weights.ipynb #28171ec2
+# %% ../../nbs/30_negatives.weights.ipynb #28b1ab97
 def weight_auroc(
     weights:Tensor, # (N,M) weights or their logs
     false_negatives:Tensor, # (N,M) bool, unlabelled matches
-    positives:Tensor, # (N,M) bool, known positives: not judged
+    positives:Tensor, # (N,M) bool, known positives: left out
+    judged:Tensor|None=None, # (N,M) bool, pairs whose truth is known; all when None
 )->float: # NaN where one kind is missing
     "AUROC of a low weight as detector of false negatives."
-    hidden, rest = (weights[m & ~positives].detach().flatten() for m in (false_negatives, ~false_negatives))
+    used = ~positives if judged is None else ~positives & judged
+    hidden, rest = (weights[m & used].detach().flatten() for m in (false_negatives, ~false_negatives))
     if not len(hidden) or not len(rest): return math.nan
     rest = rest.sort().values
     below, upto = (torch.searchsorted(rest, hidden, right=r) for r in (False, True))

@@ -30,7 +30,7 @@ from ..negatives.both_ways import MinedPool, Pool, Suspicion, synthesise_both_wa
 from ..negatives.synthesis import SynthesisConfig
 from ..negatives.weights import alpha_schedule, hard_removal, removal_log_weights, weight_auroc
 
-# %% ../../nbs/52_train.objectives.ipynb #058f38e2
+# %% ../../nbs/52_train.objectives.ipynb #05443b93
 NAMES = 'infonce', 'srcl', 'removal', 'gist', 'soft', 'dcl', 'hcl', 'cyclip', 'siglip', 'vse', 'vse_sum', 'albef', 'itcontrast', 'mochi', 'synco', 'oracle_removal', 'oracle_positives'
 CONTRASTED = 'infonce', 'srcl', 'removal', 'albef'      # that can meet momentum candidates
 SYNTHESISED = 'itcontrast', 'mochi', 'synco'            # that make negatives of their own
@@ -79,6 +79,7 @@ class LossConfig:
         if self.candidates == 'momentum' and self.name not in CONTRASTED: raise ValueError(f'{self.name!r} has no form with momentum candidates; {CONTRASTED} have')
         if self.queue_size and not self.contrasts_momentum and self.name not in SYNTHESISED: raise ValueError(f"queue_size {self.queue_size} needs candidates='momentum'")
         if self.queue_size < 0: raise ValueError(f'queue_size must be at least 0, got {self.queue_size}')
+        if self.gate_by == 'truth' and self.queue_size: raise ValueError("gate_by='truth' knows who matches in the batch and in a mined pool, not in a queue: leave queue_size at 0")
         if not isinstance(self.mined, int) or min(self.mined, self.mined_every) < 0: raise ValueError(f'mined and mined_every must be whole numbers, at least 0, got {self.mined} and {self.mined_every}')
         if self.mined and self.name not in SYNTHESISED: raise ValueError(f'mined negatives are material of {SYNTHESISED}, and {self.name!r} synthesises none')
         if self.mined and self.synthesis.gate > 0 and self.trusts and self.view == 'momentum': raise ValueError("the momentum model has not seen the mined negatives: a gate over them needs view='aux', or alpha 0")
@@ -149,7 +150,7 @@ def encode_set(
     model.train(was_training)
     return AuxFeatures(images.clone(), texts.clone())
 
-# %% ../../nbs/52_train.objectives.ipynb #092a11f7
+# %% ../../nbs/52_train.objectives.ipynb #09a00abd
 class Objective:
     "The function `(model, batch, step) -> (loss, stats)` that a `LossConfig` describes."
     def __init__(self,
@@ -259,6 +260,12 @@ class Objective:
         "The part of a set's matches that concerns a batch."
         return look_up(matches, batch.image_ids, gather_rows(batch.index, self.group))
 
+    def _judged(self, batch):
+        "Pairs of the batch whose truth is known; None where all are."
+        if not hasattr(self.truth, 'status'): return None
+        images, captions = batch.image_ids.cpu().numpy(), gather_rows(batch.index, self.group).cpu().numpy()
+        return torch.from_numpy(self.truth.status(images[:,None], captions[None]) >= 0).to(batch.image_ids.device)
+
     def aux_features(self,
         batch:Batch, # ids and positions, and inputs for an H that encodes as it goes
     )->tuple[Tensor,Tensor]: # (B,D_H) of the images and of the texts
@@ -312,7 +319,7 @@ class Objective:
         similarity = similarity_matrix(own[0].detach(), own[1].detach())
         if images is None and c.norm == 'mean': warn_if_inverted(own[2], c.similarity_temperature)
         weights = pair_weights(similarity, None if images is None else similarity_matrix(images, texts), positives=positives, **settings)
-        stats = dict(alpha=settings['alpha'], **_weight_stats(weights.weights_per_image, positives, None if self.truth is None else self.look_up(self.truth, batch)))
+        stats = dict(alpha=settings['alpha'], **_weight_stats(weights.weights_per_image, positives, None if self.truth is None else self.look_up(self.truth, batch), self._judged(batch)))
         if c.name == 'srcl': return infonce(*own, **shared, log_weights_per_image=weights.log_weights_per_image, log_weights_per_text=weights.log_weights_per_text), stats
         per_image, per_text = (removal_log_weights(hard_removal(w, c.threshold, positives)) for w in (weights.weights_per_image, weights.weights_per_text))
         return infonce(*own, **shared, log_weights_per_image=per_image, log_weights_per_text=per_text), stats | dict(removed=per_image.isinf().float().mean().item())
@@ -398,7 +405,7 @@ class Objective:
         stats = dict(removed=log.isinf().float().mean().item()) if self.config.name == 'removal' else {}
         if self.truth is None: return stats
         texts = weights.sizes[0]
-        return stats | _weight_stats(log[:,:texts].exp(), weights.positives_per_image[:,:texts], self.look_up(self.truth, batch))
+        return stats | _weight_stats(log[:,:texts].exp(), weights.positives_per_image[:,:texts], self.look_up(self.truth, batch), self._judged(batch))
 
 def look_up(
     matches, # (N,M) bool tensor, or a Relevance
@@ -409,8 +416,10 @@ def look_up(
     if hasattr(matches, 'block'): return matches.block(images, captions).to(images.device)
     return matches[images.cpu()[:,None], captions.cpu()[None,:]].to(images.device)
 
-def _weight_stats(weights, positives, truth):
+def _weight_stats(weights, positives, truth, judged=None):
     "Mean weight of unlabelled matches, and how well a low weight finds them, for the log."
     if truth is None: return {}
     hidden = truth & ~positives
-    return dict(weight_false_negatives=weights[hidden].mean().item(), weight_auroc=weight_auroc(weights, hidden, positives)) if hidden.any() else {}
+    if not hidden.any(): return {}
+    auroc = weight_auroc(weights, hidden, positives, judged)
+    return dict(weight_false_negatives=weights[hidden].mean().item()) | (dict(weight_auroc=auroc) if auroc == auroc else {})

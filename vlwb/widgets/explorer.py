@@ -6,14 +6,15 @@
 __all__ = ['ORDERS', 'pair_facts', 'cluster_order', 'matching_columns', 'ExplorerState', 'mark_names', 'mark_masks',
            'start_threshold', 'striped_weights', 'Explorer', 'weight_bounds', 'count_text']
 
-# %% ../../nbs/74_widgets.explorer.ipynb #023983e0
-import asyncio, html
+# %% ../../nbs/74_widgets.explorer.ipynb #02594b73
+import asyncio, html, math
 import ipywidgets as W
 import numpy as np
 import pandas as pd
 import torch
 import traitlets as T
 from sklearn.cluster import MiniBatchKMeans
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 from ..eval.semantics import suspects_at
 from ..losses.regulation import regulation_weights
@@ -23,7 +24,7 @@ from .gallery import Gallery
 from .matrix import NO_VALUE, MatrixCanvas, shrink, value_bounds
 from .view import Cards, View, card
 
-# %% ../../nbs/74_widgets.explorer.ipynb #077d28ef
+# %% ../../nbs/74_widgets.explorer.ipynb #07883e76
 def pair_facts(
     gallery:Gallery, # the set
     i:int, # position of the image
@@ -34,11 +35,12 @@ def pair_facts(
     n, m = gallery.shape
     if not (0 <= i < n and 0 <= j < m): raise ValueError(f'pair ({i}, {j}) lies outside the {n} x {m} pairs of the set')
     s, truth = gallery.similarity, gallery.truth
+    rank = lambda line: 1 + int((line > s[i, j]).sum()) if s[i, j].isfinite() else None
     named = 'not known' if truth is None else {1: 'match', 0: 'non-match', -1: 'nobody looked'}[int(truth[i, j])]
-    return dict(image=i, text=j, image_id=gallery.pairs.image_ids[i], caption_id=gallery.pairs.caption_ids[j], caption=gallery.caption(j), similarity=float(s[i, j]), rank_in_row=1 + int((s[i] > s[i, j]).sum()),
-                rank_in_column=1 + int((s[:,j] > s[i, j]).sum()), weight=None if weights is None else float(weights[i, j]), own=gallery.image_of(j) == i, truth=named)
+    return dict(image=i, text=j, image_id=gallery.pairs.image_ids[i], caption_id=gallery.pairs.caption_ids[j], caption=gallery.caption(j), similarity=float(s[i, j]), rank_in_row=rank(s[i]),
+                rank_in_column=rank(s[:,j]), weight=None if weights is None else float(weights[i, j]), own=gallery.image_of(j) == i, truth=named)
 
-# %% ../../nbs/74_widgets.explorer.ipynb #118146ac
+# %% ../../nbs/74_widgets.explorer.ipynb #11bd747c
 def cluster_order(
     features:Tensor, # (N,D) unit norm
     clusters:int|None=None, # the square root of N/2 when None
@@ -48,7 +50,8 @@ def cluster_order(
     x = features.detach().float().cpu().numpy(); n = len(x)
     if n < 3: return np.arange(n)
     if not np.isfinite(x).all(): raise ValueError(f'features {tuple(features.shape)} hold NaN or infinity: there are no clusters')
-    fit = MiniBatchKMeans(min(n, clusters or max(2, round((n/2)**.5))), random_state=seed, n_init=1, batch_size=1024).fit(x)
+    with threadpool_limits(1):                                # steps this small wait for each other, the more so beside a browser
+        fit = MiniBatchKMeans(min(n, clusters or max(2, round((n/2)**.5))), random_state=seed, n_init=1, batch_size=1024).fit(x)
     middle = fit.cluster_centers_ - x.mean(0)
     place = np.linalg.svd(middle, full_matrices=False)[0][:,0]
     return np.lexsort((((x - fit.cluster_centers_[fit.labels_])**2).sum(1), place[fit.labels_]))
@@ -61,7 +64,7 @@ def matching_columns(
     place = np.empty(len(rows), np.int64); place[rows] = np.arange(len(rows))
     return np.argsort(place[caption_image], kind='stable')
 
-# %% ../../nbs/74_widgets.explorer.ipynb #14811733
+# %% ../../nbs/74_widgets.explorer.ipynb #1481ca9b
 ORDERS = ('as they are', 'class', 'clusters')
 
 class ExplorerState(T.HasTraits):
@@ -103,6 +106,10 @@ class ExplorerState(T.HasTraits):
         if key not in self._weights: self._weights = {key: striped_weights(g.similarity, g.own, g.aux_similarity if self.alpha > 0 else None, *key)}
         return self._weights[key]
 
+    def weights_at_hand(self)->Tensor|None: # (N,M), None where those of the present numbers were not computed
+        "Weights for a read-out, which must not wait for them."
+        return self._weights.get((self.alpha, self.similarity_temperature))
+
     def values(self)->Tensor: # (N,M) of the layer that is drawn
         "The matrix behind the picture."
         return {'similarity': lambda: self.gallery.similarity, 'weight': self.weights, 'second view': lambda: self.gallery.aux_similarity}[self.layer]()
@@ -135,7 +142,7 @@ class ExplorerState(T.HasTraits):
     def selected(self)->pd.DataFrame: # one row a pair, columns of `pair_facts`
         "The selection as a table; the pair looked at where nothing was selected."
         pairs = self.kept or ([tuple(self.cell)] if self.cell else [])
-        weights = next(iter(self._weights.values()), None)
+        weights = self.weights_at_hand()
         empty = ('image', 'text', 'image_id', 'caption_id', 'caption', 'similarity', 'rank_in_row', 'rank_in_column', 'weight', 'own', 'truth')
         return pd.DataFrame([pair_facts(self.gallery, i, j, weights) for i, j in pairs], columns=None if pairs else list(empty))
 
@@ -177,7 +184,7 @@ def striped_weights(
         with in_threads(similarity.device, len(starts)) as run: run(stripe, starts)
     return out
 
-# %% ../../nbs/74_widgets.explorer.ipynb #18d053ab
+# %% ../../nbs/74_widgets.explorer.ipynb #18279302
 _NAMES = {'own': 'labelled', 'false_negatives': 'unlabelled matches', 'unknown': 'nobody looked', 'suspects': 'suspects'}
 _LOOKS = {'similarity': dict(colours='cividis', label='similarity'), 'second view': dict(colours='cividis', label='similarity in the second view'), 'weight': dict(colours='PuOr_r', label='weight', log=True)}
 
@@ -206,14 +213,16 @@ class Explorer(View):
         low, high = _range(s.gallery.similarity)
         self.layer = W.Dropdown(options=s.layers, description='layer', style=wide)
         self.order = W.Dropdown(options=[o for o in ORDERS if o != 'class' or s.gallery.classes is not None], description='order', style=wide)
-        self.threshold = W.FloatSlider(min=min(low, s.threshold), max=max(high, s.threshold), step=.005, readout_format='.3f', description='suspects from', style=wide, layout=dict(width='330px'))
+        self.threshold = W.FloatSlider(min=min(low, math.floor(s.threshold/_STEP)*_STEP), max=max(high, math.ceil(s.threshold/_STEP)*_STEP), step=_STEP, readout_format='.3f', description='suspects from', style=wide, layout=dict(width='330px'))
         self.opacity = W.FloatSlider(min=0, max=1, step=.05, description='strength of marks', style=wide, layout=dict(width='290px'))
         self.fade = W.Checkbox(value=False, description='fade the rest', indent=False, layout=dict(width='auto', margin='2px 12px'))
         self.marks = {k: W.Checkbox(value=k in s.marks, description=_NAMES[k], indent=False, layout=dict(width='auto', margin='2px 12px 2px 2px')) for k in mark_names(s.gallery)}
         self.row, self.column = (W.BoundedIntText(min=0, max=max(n - 1, 0), description=d, style=wide, layout=dict(width='130px')) for n, d in zip(s.gallery.shape, ('image', 'caption')))
         self.go, self.keep, self.strong, self.clear = (W.Button(description=d, layout=dict(width='auto')) for d in ('go there', 'keep', 'strongest suspects', 'clear'))
-        self.readout, self.note = W.HTML(), W.HTML()
-        for widget, name in ((self.layer, 'layer'), (self.order, 'order'), (self.threshold, 'threshold'), (self.opacity, 'opacity')): W.link((s, name), (widget, 'value'))
+        self.readout, self.note, self.walk = W.HTML(), W.HTML(), W.Select(rows=6, layout=dict(width='100%', display='none'))
+        self.walk.observe(lambda change: change.new and s.set_trait('cell', list(change.new)), 'value')
+        for widget, name in ((self.layer, 'layer'), (self.order, 'order'), (self.opacity, 'opacity')): W.link((s, name), (widget, 'value'))
+        W.dlink((s, 'threshold'), (self.threshold, 'value')); self.threshold.observe(self._slid, 'value')
         for k, box in self.marks.items(): box.observe(lambda _: s.set_trait('marks', [k for k, b in self.marks.items() if b.value]), 'value')
         W.dlink((self.fade, 'value'), (self.canvas, 'dim'), lambda on: .25 if on else 1.)
         self.go.on_click(lambda _: s.set_trait('cell', [self.row.value, self.column.value])); self.clear.on_click(lambda _: s.set_trait('kept', []))
@@ -223,7 +232,7 @@ class Explorer(View):
         line = lambda *w: W.HBox(w, layout=dict(flex_flow='row wrap', align_items='center'))
         picture = W.VBox([self.canvas], layout=dict(flex='3 1 420px', min_width='300px')); side = W.VBox([self.cards], layout=dict(flex='2 1 280px', min_width='240px'))
         self.widget = W.VBox([line(self.layer, self.order, self.threshold, self.fade), line(*self.marks.values(), self.opacity), self.readout, W.HBox([picture, side], layout=dict(flex_flow='row wrap')),
-                              line(self.row, self.column, self.go, self.keep, self.strong, self.clear), self.note])
+                              line(self.row, self.column, self.go, self.keep, self.strong, self.clear), self.note, self.walk])
 
     def _fill(self):
         g, s = self.state.gallery, self.state
@@ -233,7 +242,8 @@ class Explorer(View):
 
     def _put_marks(self):
         self._later = None
-        self.canvas.put_marks(**mark_masks(self.state.gallery, self.state.threshold, self.state.marks))
+        kept = tuple(np.array(x, np.int64) for x in zip(*self.state.kept)) if self.state.kept else None
+        self.canvas.put_marks(chosen=kept, **mark_masks(self.state.gallery, self.state.threshold, self.state.marks))
 
     def _change_layer(self, _=None):
         s = self.state
@@ -245,26 +255,36 @@ class Explorer(View):
     def _change_threshold(self, _=None):
         s = self.state
         if s.layer == 'similarity': self.canvas.threshold = s.threshold
-        self.readout.value = count_text(s.counts(), s.gallery.truth is not None)
+        self.readout.value = count_text(s.counts(), s.gallery.truth is not None) + (f'. {html.escape(s.gallery.trouble)}' if s.gallery.trouble else '')
         if 'suspects' not in s.marks: return
         if self._later is not None: self._later.cancel()
         try: self._later = asyncio.get_running_loop().call_later(.12, self._put_marks)     # marks follow when the slider rests
         except RuntimeError: self._put_marks()
 
-    def _change_cell(self, _=None): self.cards.put(self._pair_cards())
+    def _slid(self, change):
+        "The slider knows steps; what was set in Python stays as it is when its echo comes back."
+        if abs(change.new - self.state.threshold) > .51*_STEP: self.state.threshold = change.new
+
+    def _change_cell(self, _=None):
+        self.cards.put(self._pair_cards())
+        if self.state.cell: self.row.value, self.column.value = self.state.cell
 
     def _change_kept(self, _=None):
-        n = len(self.state.kept)
-        self.note.value = f'{n} pair{"s" * (n != 1)} selected: <code>explorer.selected</code>' if n else ''
+        g, kept = self.state.gallery, self.state.kept
+        self.note.value = f'{len(kept)} pair{"s" * (len(kept) != 1)} selected: choose one to look at it; as a table in <code>.selected</code>' if kept else ''
+        name = lambda i, j: f'{g.similarity[i, j]:.3f}  image {clean_text(g.pairs.image_ids[i], 24)}, caption {clean_text(g.pairs.caption_ids[j], 24)}: {g.caption(j, 90)}'
+        self.walk.options = [(name(i, j), (i, j)) for i, j in kept]; self.walk.value = None
+        self.walk.layout.display = '' if kept else 'none'
+        self._put_marks()
 
     def _pair_cards(self):
         g, s = self.state.gallery, self.state
         if not s.cell: return []
         i, j = s.cell
-        f = pair_facts(g, i, j, next(iter(s._weights.values()), None))
+        f = pair_facts(g, i, j, s.weights_at_hand())
         truth = [] if f['own'] else [(f['truth'] if f['truth'] != 'match' else 'unlabelled match', {'match': 'false', 'non-match': 'hard', 'nobody looked': 'unknown', 'not known': 'unknown'}[f['truth']])]
         badges = [('labelled pair', 'own')]*f['own'] + truth + [('suspect', 'suspect')]*(not f['own'] and f['similarity'] >= s.threshold)
-        ranks = f"similarity {f['similarity']:.4f}; caption {f['rank_in_row']} of {g.shape[1]} for this image, image {f['rank_in_column']} of {g.shape[0]} for this caption" + ('' if f['weight'] is None else f"; weight {f['weight']:.4f}")
+        ranks = 'no similarity: the features are not finite' if f['rank_in_row'] is None else f"similarity {f['similarity']:.4f}; caption {f['rank_in_row']} of {g.shape[1]} for this image, image {f['rank_in_column']} of {g.shape[0]} for this caption" + ('' if f['weight'] is None else f"; weight {f['weight']:.4f}")
         whose = g.image_of(j)
         own = card(i, f"image {f['image_id']}", [(c, 'own') for c in g.pairs.captions_of(i)] if g.pairs.captions else [('no captions in this set', 'muted')], note=g.credit(i))
         asked = card(None, 'Does it say this, too?' if not f['own'] else 'Its own caption', [f['caption'] or f"caption {f['caption_id']} (no text in this set)"], badges, ranks)
@@ -289,12 +309,17 @@ class Explorer(View):
         small = shrink(layer, -(-max(layer.shape)//256)).float()
         ends = (np.log(info['low']), np.log(info['high'])) if info['log'] else (info['low'], info['high'])
         values = (ends[0] + small/254*(ends[1] - ends[0])).masked_fill(small == NO_VALUE, float('nan'))
-        return (plot_weights if self.state.layer == 'weight' else plot_similarity)(values.exp() if info['log'] else values, title=f'{title}, each cell the mean of a block')
+        out = (plot_weights if self.state.layer == 'weight' else plot_similarity)(values.exp() if info['log'] else values, title=f'{title}, each cell the mean of a block')
+        n, m = self.state.gallery.shape
+        out.axes[0].set_ylabel(f'{n:,} images'); out.axes[0].set_xlabel(f'{m:,} captions')
+        return out
+
+_STEP = .005 # of the threshold's slider
 
 def _range(values):
-    "Bounds for a slider, a little beyond the values."
+    "Bounds for a slider: whole steps around the values, so that round numbers lie on it."
     low, high = value_bounds(values)
-    return round(low - .005, 3), round(high + .005, 3)
+    return math.floor(low/_STEP)*_STEP, math.ceil(high/_STEP)*_STEP + _STEP
 
 def weight_bounds(
     weights:Tensor, # (N,M)

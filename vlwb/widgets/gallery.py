@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Thumbnails', 'Gallery', 'scene_pairs', 'scenes_gallery', 'feature_gallery']
 
-# %% ../../nbs/73_widgets.gallery.ipynb #02989480
-import io
+# %% ../../nbs/73_widgets.gallery.ipynb #022e0ead
+import io, math
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from ..data.scenes import Captions
 from ..data.world import Scenes, render
 from ..viz.plots import clean_text
 
-# %% ../../nbs/73_widgets.gallery.ipynb #054876da
+# %% ../../nbs/73_widgets.gallery.ipynb #05c4980b
 class Thumbnails:
     "Small pictures by position, made when asked for and kept encoded."
     def __init__(self,
@@ -48,15 +48,16 @@ class Thumbnails:
 
     def _make(self, i):
         if self.load is None: return b''
-        try: image = self.load(i)
-        except (DataError, OSError, ValueError): return b''
-        if image is None: return b''
-        image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
+        try:
+            image = self.load(i)
+            if image is None: return b''
+            image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
+        except Exception: return b''                                # whatever a reader of pictures stumbles over: the card says that there is none
         small = ImageOps.exif_transpose(image).convert('RGB'); small.thumbnail((self.size, self.size), Image.Resampling.LANCZOS)
         out = io.BytesIO(); small.save(out, 'JPEG', quality=85)
         return out.getvalue()
 
-# %% ../../nbs/73_widgets.gallery.ipynb #08ef67cd
+# %% ../../nbs/73_widgets.gallery.ipynb #0843d8d5
 @dataclass(frozen=True, eq=False)
 class Gallery:
     "N images and M captions as the views show them. `ValueError` names the shapes that do not fit."
@@ -73,25 +74,51 @@ class Gallery:
 
     def __post_init__(self):
         n, m = self.pairs.num_images, len(self.pairs)
+        for name in ('image_features', 'text_features', 'aux_image_features', 'aux_text_features'): self._settle(name)
         check_features(image_features=self.image_features, text_features=self.text_features)
-        for name in ('image_features', 'text_features', 'aux_image_features', 'aux_text_features'):      # constants, and fit for the gradients that a view asks for
-            if (x := getattr(self, name)) is not None: object.__setattr__(self, name, x.detach().clone() if x.is_inference() else x.detach())
         if (len(self.image_features), len(self.text_features)) != (n, m): raise ValueError(f'{n} images and {m} captions, but image_features {tuple(self.image_features.shape)} and text_features {tuple(self.text_features.shape)}')
         if self.relevance is not None and self.relevance.shape != (n, m): raise ValueError(f'relevance {self.relevance.shape} must be (N,M) = {(n, m)}: use relevance.restrict(pairs)')
         if (self.aux_image_features is None) != (self.aux_text_features is None): raise ValueError('a second view needs both aux_image_features and aux_text_features')
         if self.aux_image_features is not None and (len(self.aux_image_features), len(self.aux_text_features)) != (n, m): raise ValueError(f'{n} images and {m} captions, but the second view has {len(self.aux_image_features)} and {len(self.aux_text_features)}')
         if self.classes is not None and len(self.classes) != n: raise ValueError(f'classes must hold one for each of {n} images, got {len(self.classes)}')
 
+    def _settle(self, name):
+        "Constants fit for the gradients that a view asks for; rows that are not finite become zeros and are remembered."
+        x = getattr(self, name); bad = np.zeros(0, np.int64)
+        if x is not None:
+            x = x.detach().clone() if x.is_inference() else x.detach()
+            if x.numel() and x.is_floating_point() and not torch.isfinite(x.sum()): bad = (~x.isfinite()).any(1).nonzero().flatten().numpy()
+            if len(bad): x = x.clone(); x[torch.from_numpy(bad)] = 0
+        object.__setattr__(self, name, x); object.__setattr__(self, f'bad_{name}', bad)
+
+    def _as_given(self, name):
+        "Features with the rows that are not finite marked again."
+        x, bad = getattr(self, name), getattr(self, f'bad_{name}')
+        if not len(bad): return x
+        x = x.clone(); x[torch.from_numpy(bad)] = math.nan
+        return x
+
+    @property
+    def trouble(self)->str: # '' where all is well
+        "What is wrong with the features, in words."
+        said = [f'{len(b)} {what}' for name, what in (('image_features', 'images'), ('text_features', 'captions')) if len(b := getattr(self, f'bad_{name}'))]
+        return f'{" and ".join(said)} have features that are not finite: their pairs have no value' if said else ''
+
+    def _cosines(self, images, texts, bad_images, bad_texts):
+        out = images.float() @ texts.float().T
+        out[torch.from_numpy(bad_images)] = math.nan; out[:,torch.from_numpy(bad_texts)] = math.nan
+        return out
+
     @property
     def shape(self)->tuple[int,int]: return self.pairs.num_images, len(self.pairs) # N, M
 
     @cached_property
-    def similarity(self)->Tensor: # (N,M) float32 cosines
-        return self.image_features.detach().float() @ self.text_features.detach().float().T
+    def similarity(self)->Tensor: # (N,M) float32 cosines; NaN where features are not finite
+        return self._cosines(self.image_features, self.text_features, self.bad_image_features, self.bad_text_features)
 
     @cached_property
     def aux_similarity(self)->Tensor|None: # (N,M) float32 cosines of the second view, None without one
-        return None if self.aux_image_features is None else self.aux_image_features.detach().float() @ self.aux_text_features.detach().float().T
+        return None if self.aux_image_features is None else self._cosines(self.aux_image_features, self.aux_text_features, self.bad_aux_image_features, self.bad_aux_text_features)
 
     @cached_property
     def own(self)->Tensor: # (N,M) bool, whose caption it is
@@ -151,8 +178,8 @@ class Gallery:
         columns = np.concatenate(order) if order else np.zeros(0, np.int64)
         pairs, rows = self._part(keep, columns), torch.from_numpy(keep)
         pick = lambda x, at: None if x is None else x[at]
-        return Gallery(pairs, self.image_features[rows], self.text_features[torch.from_numpy(columns)], None if self.relevance is None else self.relevance.restrict(pairs), pick(self.aux_image_features, rows),
-                       pick(self.aux_text_features, torch.from_numpy(columns)), pick(self.classes, keep), self.attribution, self.thumbnail_size, self.name)
+        return Gallery(pairs, self._as_given('image_features')[rows], self._as_given('text_features')[torch.from_numpy(columns)], None if self.relevance is None else self.relevance.restrict(pairs), pick(self._as_given('aux_image_features'), rows),
+                       pick(self._as_given('aux_text_features'), torch.from_numpy(columns)), pick(self.classes, keep), self.attribution, self.thumbnail_size, self.name)
 
     def _part(self, keep, columns):
         p, place = self.pairs, {int(i): k for k, i in enumerate(keep)}

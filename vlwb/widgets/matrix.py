@@ -16,7 +16,7 @@ from torch import Tensor
 from ..viz.plots import KINDS
 from .view import KEYS_JS
 
-# %% ../../nbs/73c_widgets.matrix.ipynb #05b319c2
+# %% ../../nbs/73c_widgets.matrix.ipynb #05305346
 NO_VALUE = 255
 MARKS = ('own', 'false_negatives', 'hard_negatives', 'partial', 'suspects', 'missed', 'chosen', 'unknown')      # a bit each
 MARK_LOOKS = {k: (KINDS[k][0], KINDS[k][1]) for k in MARKS if k in KINDS} | {'suspects': ('suspect', '#cc79a7'), 'missed': ('match below the threshold', '#56b4e9'), 'chosen': ('chosen', '#000000'), 'unknown': ('nobody looked', '#7a7f87')}
@@ -33,7 +33,7 @@ def quantise(
     scale = 254/(b - a)
     for start in range(0, len(values), 64):                        # a stripe at a time: no second matrix of floats
         x = values[start:start + 64].detach().to('cpu', torch.float32)
-        coded = (x.clamp(low, high).log_() if log else x.clamp(low, high)).mul_(scale).sub_(a*scale).round_()
+        coded = (x.clamp(low, high).log_() if log else x.clamp(low, high)).sub_(a).mul_(scale).round_().clamp_(0, 254)
         odd = ~x.isfinite() if not math.isfinite(float(x.sum())) else None
         out[start:start + 64] = (coded if odd is None else coded.masked_fill_(odd, NO_VALUE)).to(torch.uint8)
     return out
@@ -54,7 +54,7 @@ def shrink(
     marks:bool=False, # bits: a block has those of all its pairs; else the mean of what has a value
 )->Tensor: # (ceil(N/factor), ceil(M/factor)) uint8
     "An overview of a layer."
-    if factor == 1: return layer
+    if factor == 1 or not layer.numel(): return layer[:-(-layer.shape[0]//factor),:-(-layer.shape[1]//factor)]
     parts = [_shrink(layer[i:i + 32*factor], factor, marks) for i in range(0, len(layer), 32*factor)]
     return torch.cat(parts) if parts else layer
 
@@ -67,7 +67,7 @@ def _shrink(layer, factor, marks):
     count = there.sum((1, 3))
     return ((x * there).sum((1, 3)) / count.clamp(min=1)).round().to(torch.uint8).masked_fill(count == 0, NO_VALUE)
 
-# %% ../../nbs/73c_widgets.matrix.ipynb #08ede17f
+# %% ../../nbs/73c_widgets.matrix.ipynb #086b6405
 _CSS = '''
 .vlwb-matrix { color: var(--jp-ui-font-color1, #1f2328); font: 12px/1.4 var(--jp-ui-font-family, system-ui, sans-serif); max-width: 100%; }
 .vlwb-matrix canvas { display: block; width: 100%; border: 1px solid var(--jp-border-color2, #c8ccd2); touch-action: none; cursor: crosshair; background: repeating-linear-gradient(45deg, #d9dce1 0 4px, #eef0f2 4px 8px); }
@@ -82,19 +82,14 @@ _CSS = '''
 _JS = '''
 const NONE = 255;
 function make(tag, cls, text) { const e = document.createElement(tag); if (cls) e.className = cls; if (text !== undefined) e.textContent = text; return e; }
-function pool(a, n, m, marks) { // one level up, blocks of two
-  const h = (n + 1) >> 1, w = (m + 1) >> 1, out = new Uint8Array(h * w);
-  for (let i = 0; i < h; i++) { const top = 2 * i * m, low = 2 * i + 1 < n ? top + m : top;
-    for (let j = 0; j < w; j++) { const l = 2 * j, r = l + 1 < m ? l + 1 : l, p = a[top + l], q = a[top + r], s = a[low + l], t = a[low + r];
+function pool(a, n, m, marks, rows, columns) { // one level up, blocks of two; rows and columns say what lies where
+  const h = (n + 1) >> 1, w = (m + 1) >> 1, out = new Uint8Array(h * w), at = columns || Int32Array.from({ length: m }, (_, j) => j);
+  for (let i = 0; i < h; i++) { const up = 2 * i, down = up + 1 < n ? up + 1 : up, top = (rows ? rows[up] : up) * m, low = (rows ? rows[down] : down) * m;
+    for (let j = 0; j < w; j++) { const l = at[2 * j], r = 2 * j + 1 < m ? at[2 * j + 1] : l, p = a[top + l], q = a[top + r], s = a[low + l], t = a[low + r];
       if (marks) { out[i * w + j] = p | q | s | t; continue; }
       let sum = 0, k = 0; if (p !== NONE) { sum += p; k++; } if (q !== NONE) { sum += q; k++; } if (s !== NONE) { sum += s; k++; } if (t !== NONE) { sum += t; k++; }
       out[i * w + j] = k ? (sum / k + .5) | 0 : NONE; } }
   return { a: out, n: h, m: w };
-}
-function reorder(a, n, m, rows, columns) {
-  if (!rows && !columns) return a; const out = new Uint8Array(n * m);
-  for (let i = 0; i < n; i++) { const from = (rows ? rows[i] : i) * m, to = i * m; if (!columns) out.set(a.subarray(from, from + m), to); else for (let j = 0; j < m; j++) out[to + j] = a[from + columns[j]]; }
-  return out;
 }
 const ints = v => { if (!v || !v.byteLength) return null; return new Int32Array(v.buffer.slice(v.byteOffset, v.byteOffset + v.byteLength)); };
 function render({ model, el }) {
@@ -104,9 +99,10 @@ function render({ model, el }) {
   const raw = new Map(), view = { r: 0, c: 0, n: 1, m: 1 }; let rows = null, columns = null, cursor = null, hover = null, asked = false, drag = null, painted = 0, moved = false;
   const size = () => model.get('shape');
   const order = () => { rows = ints(model.get('row_order')); columns = ints(model.get('column_order')); for (const l of raw.values()) l.levels = null; };
-  const levels = l => { // pyramid in display order
-    if (l.levels) return l.levels; const [n, m] = size(); let a = reorder(l.a, n, m, rows, columns), at = { a, n, m }; l.levels = [at];
-    while (Math.max(at.n, at.m) > 512) l.levels.push(at = pool(at.a, at.n, at.m, l.marks)); return l.levels; };
+  const levels = l => { // pyramid in display order; its foot stays as it came and is looked up
+    if (l.levels) return l.levels; const [n, m] = size(); let at = { a: l.a, n, m, rows, columns }; l.levels = [at];
+    while (Math.max(at.n, at.m) > 512) l.levels.push(at = pool(at.a, at.n, at.m, l.marks, at.rows, at.columns)); return l.levels; };
+  const line = (d, r) => (d.rows ? d.rows[r] : Math.floor(r / d.f)) * d.m, across = (d, xs) => Int32Array.from(xs, d.columns ? c => d.columns[c] : c => c / d.f);
   const at = (l, k) => { // the array to draw at 2^k pairs a pixel
     if (l.a) { const all = levels(l), u = Math.min(k, all.length - 1); return { ...all[u], f: 2 ** u }; } return l.small ? { a: l.small, n: l.sn, m: l.sm, f: l.factor } : null; };
   function everything() { const [n, m] = size(), side = Math.max(n, m, 1); view.n = n; view.m = m; view.r = 0; view.c = 0; fit(); }
@@ -119,11 +115,11 @@ function render({ model, el }) {
     canvas.style.height = height + 'px'; g.clearRect(0, 0, width, height); if (!n || !m) { tell('Nothing to show: the matrix is empty.'); done(); return; }
     const shown = model.get('values'), l = raw.get(shown), marks = raw.get('marks'), looks = model.get('marks').filter(k => k.visible), strength = model.get('opacity');
     const image = g.createImageData(width, height), out = new Uint32Array(image.data.buffer), k = Math.max(0, Math.floor(Math.log2(Math.min(view.n / height, view.m / width))));
-    const data = l && at(l, k), bits = marks && looks.length ? at(marks, Math.max(0, Math.ceil(Math.log2(Math.max(view.n / height, view.m / width, 1e-9))))) : null, close = view.n / height < 1 / 8 && view.m / width < 1 / 8;
+    const data = l && at(l, k), bits = marks && looks.length ? at(marks, Math.max(0, Math.ceil(Math.log2(Math.max(view.n / height, view.m / width, 1e-9))))) : null, close = view.n / height < 1 / 7 && view.m / width < 1 / 7 && (!bits || bits.f === 1);
     const xs = new Float64Array(width); for (let x = 0; x < width; x++) xs[x] = Math.min(m - 1, Math.floor(view.c + (x + .5) * view.m / width));
     const tint = looks.map(k => [1 << k.bit, ...rgb(k.colour)]), colours = l && lut(l), cut = model.get('threshold'), byte = cut === null || !l ? 256 : Math.ceil((l.log ? Math.log(Math.max(cut, l.low) / l.low) / Math.log(l.high / l.low) : (cut - l.low) / (l.high - l.low)) * 254), dim = model.get('dim');
-    const xv = data && Int32Array.from(xs, c => c / data.f), xb = bits && Int32Array.from(xs, c => c / bits.f);
-    for (let y = 0; y < height; y++) { const r = Math.min(n - 1, Math.floor(view.r + (y + .5) * view.n / height)), to = y * width, fv = data ? Math.floor(r / data.f) * data.m : 0, fb = bits ? Math.floor(r / bits.f) * bits.m : 0;
+    const xv = data && across(data, xs), xb = bits && across(bits, xs);
+    for (let y = 0; y < height; y++) { const r = Math.min(n - 1, Math.floor(view.r + (y + .5) * view.n / height)), to = y * width, fv = data ? line(data, r) : 0, fb = bits ? line(bits, r) : 0;
       for (let x = 0; x < width; x++) { let p = 0;
         if (data) { const v = data.a[fv + xv[x]]; p = colours[v]; if (dim < 1 && v < byte && v !== NONE && byte < 256) { const e = 1 - dim; p = 0xff000000 | (((p >> 16 & 255) * dim + 255 * e) << 16) | (((p >> 8 & 255) * dim + 255 * e) << 8) | ((p & 255) * dim + 255 * e); } }
         if (bits && !close) { const b = bits.a[fb + xb[x]]; if (b) for (const t of tint) if (b & t[0]) { const s = strength, e = 1 - s; p = 0xff000000 | (((p >> 16 & 255) * e + t[3] * s) << 16) | (((p >> 8 & 255) * e + t[2] * s) << 8) | ((p & 255) * e + t[1] * s); break; } }
@@ -135,13 +131,14 @@ function render({ model, el }) {
   const box = (r, c) => [(c - view.c) / view.m * canvas.width, (r - view.r) / view.n * canvas.height, canvas.width / view.m, canvas.height / view.n];
   function frame(cell, w, a, b) { if (!cell || cell.length !== 2) return; const r = find(rows, cell[0]), c = find(columns, cell[1]); if (r < 0 || c < 0) return; let [x, y, bw, bh] = box(r, c); const grow = Math.max(0, 5 - Math.min(bw, bh) / 2); x -= grow; y -= grow; bw += 2 * grow; bh += 2 * grow; g.lineWidth = w + 2; g.strokeStyle = b; g.strokeRect(x, y, bw, bh); g.lineWidth = w; g.strokeStyle = a; g.strokeRect(x, y, bw, bh); }
   const paths = { circle: s => { g.arc(0, 0, s, 0, 7); }, diamond: s => { g.moveTo(0, -s); g.lineTo(s, 0); g.lineTo(0, s); g.lineTo(-s, 0); g.closePath(); }, triangle: s => { g.moveTo(0, -s); g.lineTo(s, s); g.lineTo(-s, s); g.closePath(); }, square: s => { g.rect(-s, -s, 2 * s, 2 * s); }, cross: s => { g.moveTo(-s, -s); g.lineTo(s, s); g.moveTo(s, -s); g.lineTo(-s, s); }, ring: s => { g.arc(0, 0, s * 1.2, 0, 7); } };
-  function shapes(bits, looks, width, height, strength) { g.globalAlpha = Math.max(strength, .35); for (let r = Math.floor(view.r); r < Math.min(view.r + view.n, bits.n); r++) for (let c = Math.floor(view.c); c < Math.min(view.c + view.m, bits.m); c++) { const b = bits.a[r * bits.m + c]; if (!b) continue; const [x, y, w, h] = box(r, c); for (const k of looks) if (b & 1 << k.bit) { g.save(); g.translate(x + w / 2, y + h / 2); g.beginPath(); paths[k.shape](Math.min(w, h, 40) * (w < 16 ? .4 : .3)); g.fillStyle = k.colour; g.strokeStyle = k.shape === 'cross' || k.shape === 'ring' ? k.colour : '#fff'; g.lineWidth = (k.shape === "cross" || k.shape === "ring" ? 2.5 : 1.2) * (w < 16 ? .5 : 1); if (k.shape !== 'cross' && k.shape !== 'ring') g.fill(); g.stroke(); g.restore(); break; } } g.globalAlpha = 1; }
+  function shapes(bits, looks, width, height, strength) { g.globalAlpha = Math.max(strength, .35); for (let r = Math.floor(view.r); r < Math.min(view.r + view.n, bits.n); r++) for (let c = Math.floor(view.c); c < Math.min(view.c + view.m, bits.m); c++) { const b = bits.a[line(bits, r) + (bits.columns ? bits.columns[c] : c)]; if (!b) continue; const [x, y, w, h] = box(r, c); for (const k of looks) if (b & 1 << k.bit) { g.save(); g.translate(x + w / 2, y + h / 2); g.beginPath(); paths[k.shape](Math.min(w, h, 40) * (w < 16 ? .4 : .3)); g.fillStyle = k.colour; g.strokeStyle = k.shape === 'cross' || k.shape === 'ring' ? k.colour : '#fff'; g.lineWidth = (k.shape === "cross" || k.shape === "ring" ? 2.5 : 1.2) * (w < 16 ? .5 : 1); if (k.shape !== 'cross' && k.shape !== 'ring') g.fill(); g.stroke(); g.restore(); break; } } g.globalAlpha = 1; }
   const pair = e => { const q = canvas.getBoundingClientRect(), [n, m] = size(); const r = Math.floor(view.r + (e.clientY - q.top) / q.height * view.n), c = Math.floor(view.c + (e.clientX - q.left) / q.width * view.m); if (r < 0 || c < 0 || r >= n || c >= m) return null; return [rows ? rows[r] : r, columns ? columns[c] : c]; };
   const tell = (...parts) => tip.replaceChildren(...parts.map(p => typeof p === 'string' ? document.createTextNode(p) : p));
+  const said = (l, v) => v === NONE ? 'no value' : (v === 0 ? '≤ ' : v === 254 ? '≥ ' : '') + (l.log ? Math.exp(Math.log(l.low) + v / 254 * Math.log(l.high / l.low)).toPrecision(2) : (l.low + v / 254 * (l.high - l.low)).toFixed(2)); // the ends may stand for more
   function describe(cell) {
     if (!cell) { tell(make('span', 'muted', 'Point at a pair, or move with the arrow keys.')); return; } const [i, j] = cell, [n, m] = size(), names = model.get('row_names'), texts = model.get('column_names'), parts = [];
     const row = make('span', '', names[i] ?? `image ${i}`), text = make('span', '', texts[j] ?? `caption ${j}`); row.dir = 'auto'; text.dir = 'auto'; parts.push(row, ' · “', text, '”');
-    for (const info of model.get('layers')) { const l = raw.get(info.name); if (!l || !l.a) continue; const v = l.a[i * m + j]; parts.push(` · ${info.label} ${v === NONE ? 'no value' : (l.log ? Math.exp(Math.log(l.low) + v / 254 * Math.log(l.high / l.low)) : l.low + v / 254 * (l.high - l.low)).toFixed(2)}`); }
+    for (const info of model.get('layers')) { const l = raw.get(info.name); if (!l || !l.a) continue; const v = l.a[i * m + j]; parts.push(` · ${info.label} ${said(l, v)}`); }
     const b = raw.get('marks'); if (b && b.a) { const v = b.a[i * m + j], found = model.get('marks').filter(k => v & 1 << k.bit).map(k => k.label); if (found.length) parts.push(' · ' + found.join(', ')); } tell(...parts);
   }
   const choose = cell => { if (!cell) return; cursor = cell; model.set('cell', cell); model.save_changes(); };
@@ -158,11 +155,11 @@ function render({ model, el }) {
     else if (e.key === 'Enter' || e.key === ' ') choose(cursor); else if (e.key === '+' || e.key === '=') zoom(.5, .5, .5); else if (e.key === '-') zoom(2, .5, .5); else if (e.key === '0') everything(); else used = false;
     if (used) { e.preventDefault(); e.stopPropagation(); }
   };
-  for (const [text, label, act] of [['+', 'zoom in', () => zoom(.5, .5, .5)], ['−', 'zoom out', () => zoom(2, .5, .5)], ['all', 'show everything', everything]]) { const b = make('button', '', text); b.type = 'button'; b.title = label; b.setAttribute('aria-label', label); b.onclick = act; bar.append(b); }
+  for (const [text, label, act] of [['+', 'zoom in', () => zoom(.5, .5, .5)], ['−', 'zoom out', () => zoom(2, .5, .5)], ['all', 'all: show everything', everything]]) { const b = make('button', '', text); b.type = 'button'; b.title = label; b.setAttribute('aria-label', label); b.onclick = act; bar.append(b); }
   bar.append(legend);
   const icon = k => { const s = { circle: '<circle cx="6" cy="6" r="4.5"/>', diamond: '<path d="M6 1l5 5-5 5-5-5z"/>', triangle: '<path d="M6 1.5l5 9H1z"/>', square: '<path d="M1.5 1.5h9v9h-9z"/>', cross: '<path d="M2 2l8 8M10 2l-8 8" stroke-width="2.5"/>', ring: '<circle cx="6" cy="6" r="4" fill="none" stroke-width="2.5"/>' }[k.shape], e = make('span'); e.innerHTML = `<svg width="12" height="12" fill="${/^#[0-9a-f]{6}$/i.test(k.colour) ? k.colour : '#000'}" stroke="${/^#[0-9a-f]{6}$/i.test(k.colour) ? k.colour : '#000'}" aria-hidden="true">${s}</svg>`; return e; };
   function key() {
-    legend.replaceChildren(); const l = raw.get(model.get('values')); if (l) { const e = make('span'), ramp = make('span', 'ramp'), stops = []; for (let i = 0; i < 9; i++) { const q = Math.round(i / 8 * 254) * 3; stops.push(`rgb(${l.ramp[q]},${l.ramp[q + 1]},${l.ramp[q + 2]})`); } ramp.style.background = `linear-gradient(90deg,${stops.join(',')})`; e.append(`${l.label} ${(+l.low).toPrecision(2)}`, ramp, `${(+l.high).toPrecision(2)}`); legend.append(e); }
+    legend.replaceChildren(); const l = raw.get(model.get('values')); if (l) { const e = make('span'), ramp = make('span', 'ramp'), stops = []; for (let i = 0; i < 9; i++) { const q = Math.round(i / 8 * 254) * 3; stops.push(`rgb(${l.ramp[q]},${l.ramp[q + 1]},${l.ramp[q + 2]})`); } ramp.style.background = `linear-gradient(90deg,${stops.join(',')})`; legend.append(make('span', 'muted', 'images ↓ captions →')); e.append(`${l.label} ${(+l.low).toPrecision(2)}`, ramp, `${(+l.high).toPrecision(2)}`); legend.append(e); }
     for (const k of model.get('marks')) if (k.visible) { const e = icon(k); e.append(`${k.label}: ${k.count.toLocaleString('en')}`); legend.append(e); }
     canvas.setAttribute('aria-label', model.get('label') + ': arrow keys move, Enter chooses, + and - zoom, 0 shows everything');
   }

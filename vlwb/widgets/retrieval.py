@@ -30,9 +30,9 @@ from ..viz.plots import Picture, clean_text, plot_message, plot_topk
 from .gallery import Gallery, Thumbnails
 from .view import Cards, View, card
 
-# %% ../../nbs/78a_widgets.retrieval.ipynb #0711b458
+# %% ../../nbs/78a_widgets.retrieval.ipynb #07e86a4c
 KIND_WORDS = { # kind of a result -> (word on the card, tone)
-    'own': ('✓ own', 'own'), 'match': ('✓ unlabelled match', 'false'), 'non-match': ('✗ non-match', 'hard'), 'unknown': ('? not judged', 'unknown')}
+    'own': ('✓ own', 'own'), 'match': ('✓ unlabelled match', 'false'), 'non-match': ('✗ non-match', 'hard'), 'nobody looked': ('? nobody looked', 'unknown'), 'not known': ('? not known', 'unknown')}
 
 def pair_kinds(
     gallery:Gallery, # with the truth, as far as it is known
@@ -42,10 +42,10 @@ def pair_kinds(
     "What is known of pairs of an image and a caption."
     image, caption = (np.atleast_1d(x).astype(np.int64) for x in np.broadcast_arrays(image, caption))
     own, r = gallery.pairs.caption_image[caption] == image, gallery.relevance
-    if r is None or not len(image): return ['own' if o else 'unknown' for o in own]
+    if r is None or not len(image): return ['own' if o else 'not known' for o in own]
     at = lambda m: np.asarray(m[image, caption], dtype=bool)
     no = at(r.known) | (r.complete_images[image] & r.covered_captions[caption]) | (r.complete_captions[caption] & r.covered_images[image])
-    return np.select([own, at(r.matches), no], ['own', 'match', 'non-match'], 'unknown').tolist()
+    return np.select([own, at(r.matches), no], ['own', 'match', 'non-match'], 'nobody looked').tolist()
 
 # %% ../../nbs/78a_widgets.retrieval.ipynb #10ecc21d
 DIRECTIONS = 'i2t', 't2i' # images looking for captions, captions looking for images
@@ -108,7 +108,7 @@ def encode_query(
     if not torch.isfinite(x).all() or not x.any(): raise ValueError('the model gives NaN, infinity or nothing but zeros for this query')
     return torch.nn.functional.normalize(x, dim=1)
 
-# %% ../../nbs/78a_widgets.retrieval.ipynb #179c6c16
+# %% ../../nbs/78a_widgets.retrieval.ipynb #17dc00c8
 ORDERS = { # column of `compare_queries` -> heading, with {a} and {b} for the models
     'query': 'query', 'matches': 'true matches', 'rank_first': 'rank, {a}', 'rank_second': 'rank, {b}', 'rank_gain': 'places better in {b}', 'rank_gap': 'difference in rank',
     'ap_first': 'AP@R, {a}', 'ap_second': 'AP@R, {b}', 'ap_gain': 'AP@R better in {b}', 'overlap': 'overlap of the first k'}
@@ -243,7 +243,7 @@ class RetrievalState(T.HasTraits):
         if not scores.numel(): return Hits(np.zeros(0, np.int64), np.zeros(0), [])
         found = hardest(torch.ones(1, 1), scores.T, min(self.k, scores.shape[1]))        # the scores as features of width 1
         index = found.index[0].numpy()
-        kinds = ['unknown']*len(index) if self.source != 'index' else pair_kinds(self.truth_of, *((self.query, index) if self.direction == 'i2t' else (index, self.query)))
+        kinds = ['nobody looked']*len(index) if self.source != 'index' else pair_kinds(self.truth_of, *((self.query, index) if self.direction == 'i2t' else (index, self.query)))
         return Hits(index, found.similarity[0].numpy(), kinds)
 
     @property
@@ -301,8 +301,8 @@ class RetrievalState(T.HasTraits):
         "Queries whose caption, or one of whose captions, or whose id, holds all words of `search`; all without words."
         words, p = self.search.casefold().split(), self.galleries[0].pairs
         if not words: return np.arange(self.count)
-        hit = np.array([all(w in text for w in words) for text in map(str.casefold, p.captions)], dtype=bool).reshape(-1)
-        ids = np.array([self.search.strip() == str(i) for i in (p.image_ids if self.direction == 'i2t' else p.caption_ids)], dtype=bool).reshape(-1)
+        holds = lambda texts: np.array([all(w in str(t).casefold() for w in words) for t in texts], dtype=bool)
+        hit, ids = holds(p.captions), holds(p.image_ids if self.direction == 'i2t' else p.caption_ids)
         if self.direction == 't2i': return np.flatnonzero(ids | (hit if len(hit) else False))
         if len(hit): ids[p.caption_image[hit]] = True
         return np.flatnonzero(ids)
@@ -356,10 +356,10 @@ class RowTable(anywidget.AnyWidget):
     label = T.Unicode('table', help='said by a screen reader').tag(sync=True)
     empty = T.Unicode('Nothing to show.').tag(sync=True)
 
-# %% ../../nbs/78a_widgets.retrieval.ipynb #23e10b3d
+# %% ../../nbs/78a_widgets.retrieval.ipynb #23f85edb
 PAGE = 24 # queries to choose from, and rows of the table, at a time
 WAYS = {'t2i': 'a caption looks for images', 'i2t': 'an image looks for captions'}
-LEGEND = '✓ own: the labelled pair · ✓ unlabelled match: true too, a false negative in training · ✗ non-match · ? not judged: nobody looked · a rank among equal similarities is a mean'
+LEGEND = '✓ own: the labelled pair · ✓ unlabelled match: true too, a false negative in training · ✗ non-match · ? nobody looked at the pair · ? not known: no truth at hand · a rank among equal similarities is a mean'
 
 def _number(x, digits): return '–' if x is None or math.isnan(x) else f'{x:,.{digits}f}'.removesuffix('.0')
 
@@ -487,8 +487,8 @@ class RetrievalBrowser(View):
             cards.empty = 'There is nothing to find.'
             cards.arrangement = 'list' if s.direction == 'i2t' else 'grid'
             cards.put([self._item(int(i), s.direction == 't2i', title=f'{k+1}', badges=[KIND_WORDS[kind]], note=f'similarity {x:.3f}') for k, (i, x, kind) in enumerate(zip(*hits))])
-        words = s.problem or ('Nobody has judged what matches a query of your own: every result is marked as not judged.' if s.source != 'index' else
-                                        'No truth is at hand beyond the own captions: every other result is marked as not judged.' if s.truth_of.relevance is None else '')
+        words = s.problem or ('Nobody has judged what matches a query of your own: every result is marked “nobody looked”.' if s.source != 'index' else
+                                        'No truth is at hand beyond the own captions: every other result is marked “not known”.' if s.truth_of.relevance is None else '')
         self.says.layout.display = '' if words else 'none'
         self.says.value = f'<div role="status" style="color:var(--jp-ui-font-color1,#1f2328)">{html.escape(words)}</div>' if words else ''
 
@@ -550,8 +550,8 @@ class RetrievalBrowser(View):
         picture = lambda data: Image.open(io.BytesIO(data)) if data else None
         query = s.text if s.source == 'text' else s.picture if s.source == 'picture' else picture(g.thumbnails(s.query)) if s.direction == 'i2t' else g.caption(s.query) or f'caption {g.pairs.caption_ids[s.query]}'
         item = lambda i: g.caption(i) or f'caption {g.pairs.caption_ids[i]}' if s.direction == 'i2t' else picture(g.thumbnails(i))
-        flag = lambda kind: None if kind == 'unknown' else kind in ('own', 'match')
+        flag = lambda kind: None if kind in ('nobody looked', 'not known') else kind in ('own', 'match')
         named = lambda make: {name: [make(h)] for name, h in zip(s.names, hits)}
-        matches = None if {k for h in hits for k in h.kinds} == {'unknown'} else named(lambda h: [flag(k) for k in h.kinds[:10]])
+        matches = None if {k for h in hits for k in h.kinds} <= {'nobody looked', 'not known'} else named(lambda h: [flag(k) for k in h.kinds[:10]])
         return plot_topk([query], named(lambda h: [item(int(i)) for i in h.index[:10]]), matches, named(lambda h: h.similarity[:10]),
                          f'The first {min(10, len(hits[0].index))} of two models')
