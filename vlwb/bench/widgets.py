@@ -302,7 +302,7 @@ def time_clicks(
         out.append(page.time_change(canvas, '.vlwb-cards', 'Enter', 1, until=f'[...e.querySelectorAll("img")].some(i => i.dataset.at === "{k}")')[0]['frame'])
     return out[1:]
 
-# %% ../../nbs/80f_bench.widgets.ipynb #227706a0
+# %% ../../nbs/80f_bench.widgets.ipynb #22ea4fa3
 def bench_page(
     page:Page, # the notebook of `_SETUP`
     n:int, # images, and captions
@@ -348,8 +348,10 @@ def bench_browser(
             return rows
         finally: page.close(); server.shutdown_kernels()
     def moved(page, name, n):
-        times = page.time_change('.bench-control .noUi-handle', '.bench-last', times=rounds + 2, pause=.5)[2:]
-        return [ms_row(f'{name}, from the key to the frame, N = {n}', [t['frame'] for t in times], plan.get(n, ('',))[0], f'{n} x {n}, {page.ask("torch.get_num_threads()")} threads in the kernel, JupyterLab')]
+        sizes, goal = f'{n} x {n}, {page.ask("torch.get_num_threads()")} threads in the kernel, JupyterLab', plan.get(n, ('',))[0]
+        timed = lambda target, **more: [t['frame'] for t in page.time_change('.bench-control .noUi-handle', target, times=rounds + 2, pause=.7, **more)[2:]]
+        if not name.startswith('regulation'): return [ms_row(f'{name}, from the key to the frame, N = {n}', timed('.bench-last'), goal, sizes)]
+        return [ms_row(f'{name}, to the changed matrix, N = {n}', timed('.vlwb-matrix canvas', attribute='data-revision'), goal, sizes), ms_row(f'{name}, to the last read-out, N = {n}', timed('.bench-last'), '', sizes)]
     def run():
         with tempfile.TemporaryDirectory() as folder, Server('lab', folder) as server, Chromium() as chromium:
             rows = [row for n, goals in plan.items() for row in look(server, chromium, [_SETUP.format(n=n, width=width), 'None'], f'explorer-{n}', lambda page: bench_page(page, n, goals, rounds))]
