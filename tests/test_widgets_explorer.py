@@ -156,3 +156,20 @@ def test_real_photos_with_truth_in_part():
     explorer.canvas.cell = [0, m - 1]
     assert [b['text'] for b in explorer.cards.cards[0]['badges']] == ['nobody looked', 'suspect']
     assert explorer.state.gallery.thumbnails(0)[:2] == b'\xff\xd8'
+
+
+def test_an_exported_page_shows_captions_as_text_and_views_as_pictures(chromium, tmp_path):
+    import nbformat
+    from nbclient import NotebookClient
+    from nbconvert import HTMLExporter
+    sources = ["import os; os.environ['VLWB_STATIC'] = '1'", SETUP, 'explorer.state.cell = [3, 7]; explorer.selected', 'explorer']
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(s) for s in sources], metadata=dict(kernelspec=dict(name='python3', display_name='Python 3', language='python')))
+    NotebookClient(notebook, store_widget_state=False, timeout=120).execute()
+    assert 'widget-view' not in nbformat.writes(notebook)
+    (tmp_path/'page.html').write_text(HTMLExporter().from_notebook_node(notebook)[0], encoding='utf-8')
+    page, said = chromium.browser.new_context(offline=True).new_page(), []
+    page.on('dialog', lambda d: (said.append(d.message), d.dismiss()))
+    page.goto((tmp_path/'page.html').as_uri(), wait_until='domcontentloaded')
+    page.locator('table', has_text='<script>alert(1)</script><b>bold?</b>').first.wait_for()
+    assert page.locator('img').count() >= 1 and page.locator('table b').count() == 0 and not said
+    page.context.close()
