@@ -162,7 +162,7 @@ def test_an_exported_page_shows_captions_as_text_and_views_as_pictures(chromium,
     import nbformat
     from nbclient import NotebookClient
     from nbconvert import HTMLExporter
-    sources = ["import os; os.environ['VLWB_STATIC'] = '1'", SETUP, 'explorer.state.cell = [3, 7]; explorer.selected', 'explorer']
+    sources = ["import os; os.environ['VLWB_STATIC'] = '1'", SETUP + 'None', 'explorer.state.cell = [3, 7]; explorer.selected', 'explorer']
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(s) for s in sources], metadata=dict(kernelspec=dict(name='python3', display_name='Python 3', language='python')))
     NotebookClient(notebook, store_widget_state=False, timeout=120).execute()
     assert 'widget-view' not in nbformat.writes(notebook)
