@@ -47,4 +47,4 @@ def test_in_a_browser():
     if missing := browser.browser_missing(): pytest.skip(missing)
     rows = {r.name: r.value for r in widgets.bench_browser({50: ('', '')}, rounds=1, width=16, others=50)}
     assert rows['messages to the kernel while zooming, N = 50'] == 0
-    assert len(rows) == 10 + len(widgets.OTHERS) and all(v > 0 for k, v in rows.items() if not k.startswith('messages'))
+    assert len(rows) == 11 + len(widgets.OTHERS) and all(v > 0 for k, v in rows.items() if not k.startswith('messages'))
