@@ -92,11 +92,14 @@ def test_damaged_files_give_data_errors_and_never_wrong_regions(tmp_path_factory
     if cut: del raw[at:]
     else: raw[at:at+data.draw(st.integers(1, 5))] = data.draw(st.binary(max_size=5))
     path.write_bytes(raw)
-    reader = RegionReader(path, sizes={k: (640, 480) for k in six}, on_error='skip')
+    reader = RegionReader(path, dim=10, sizes={k: (640, 480) for k in six}, on_error='skip')        # in a file of one row nothing but the width tells a cut
+    if not raw:
+        with pytest.raises(DataError, match='a.tsv holds no regions'): dict(reader)
+        return
     for name, r in reader:
         if cut: assert_close(region_inputs(r), region_inputs(six[name]))
     try: dict(RegionReader(path, sizes={k: (640, 480) for k in six}))
-    except DataError as e: assert 'a.tsv, row' in str(e)
+    except DataError as e: assert 'a.tsv' in str(e)
 
 HOSTILE = (b'', b'[]', b'7', b'null', b'[[[', b'['*100_000, b'{"num_boxes": 1e400, "features": ""}', b'{"num_boxes": null, "features": 5}', b'{"num_boxes": -1, "features": ""}', b'{"features": {}}', b'{"objects": 3}',
     b'{"objects": [{"class": "a", "rect": [1,2,3], "feature": ""}]}', b'{"objects": [{"class": "a", "rect": null, "feature": "AAAA"}]}', b'{"objects": [{"class": 3}]}', b'{"objects": [3]}', b'{"objects": {"a": 1}}',

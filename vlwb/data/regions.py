@@ -306,7 +306,7 @@ def _read_sizes(path):
         except (ValueError, KeyError, IndexError, TypeError): raise DataError(f'{Path(path).name}, row {n}: a size is an id and {{"height": ..., "width": ...}}') from None
     return sizes
 
-# %% ../../nbs/15_data.regions.ipynb #375f6946
+# %% ../../nbs/15_data.regions.ipynb #37646ca1
 def _in_order(regions, order, recompute):
     "Regions whose width and height are the right way round, as far as that shows. `DataError` that names the option."
     if regions.geometry is None:
@@ -352,12 +352,13 @@ class RegionReader:
         return regions if labels is None else replace(regions, tags=labels.tags)
 
     def __iter__(self)->Iterator[tuple[str,Regions]]: # image ids and their regions
-        self.problems.messages.clear(); where = None
+        self.problems.messages.clear(); where = width = None
         entries, seen = (_folder_entries if self.folder else _tensor_entries if self.tensors else _tsv_entries)(self.path), set()
         for where, image_id, parse in entries:
             try:
                 if image_id in seen: raise DataError(f'image {image_id} was there before')
                 regions = self._finish(image_id, parse)
+                if len(regions.features) and (width := width or regions.features.shape[1]) != regions.features.shape[1]: raise DataError(f'its features have {regions.features.shape[1]} numbers, those before {width}: was the row cut?')
             except ValueError as e: self.problems.add(f'{where}: {e}'); continue
             seen.add(image_id)
             yield image_id, regions
