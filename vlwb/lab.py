@@ -78,7 +78,7 @@ def run_gallery(
     more = [read_relevance(r, pairs, split, on_error) for r in ((relevance,) if isinstance(relevance, (str, Path)) else relevance)]
     return Gallery(pairs, f.images, f.texts, union(own_captions(pairs), *more).restrict(pairs) if more else None, *((None, None) if second is None else (second.images, second.texts)), name=Path(model).name)
 
-# %% ../nbs/84a_lab.ipynb #07df7469
+# %% ../nbs/84a_lab.ipynb #07a8e97c
 def scene_encoder(
     model:DualEncoder, # trained in a scenes world
     world:World, # whose tokeniser and backbone it uses
@@ -99,8 +99,7 @@ def run_encoder(
     if config.kind in ('features', 'oscar'): raise DataError(f'{model}: this model was trained on {"features" if config.kind == "features" else "regions"}; it cannot see a text or a picture by itself')
     if config.kind != 'frozen': return model_encoder(encoder, tokenizer, image_transform(config))
     text, image = load_text_encoder(config.text or 'minilm'), load_image_encoder(config.vision or 'efficientnet-lite0')
-    heads = model_encoder(encoder, lambda texts: text.encode(texts, progress=False), lambda picture: image.encode([picture], progress=False))
-    return heads
+    return model_encoder(encoder, lambda texts: text.encode(texts, progress=False), lambda picture: image.encode([picture], progress=False))
 
 # %% ../nbs/84a_lab.ipynb #09927394
 @dataclass(frozen=True, eq=False)

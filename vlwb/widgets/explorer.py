@@ -184,7 +184,7 @@ def striped_weights(
         with in_threads(similarity.device, len(starts)) as run: run(stripe, starts)
     return out
 
-# %% ../../nbs/74_widgets.explorer.ipynb #18279302
+# %% ../../nbs/74_widgets.explorer.ipynb #18cc6be9
 _NAMES = {'own': 'labelled', 'false_negatives': 'unlabelled matches', 'unknown': 'nobody looked', 'suspects': 'suspects'}
 _LOOKS = {'similarity': dict(colours='cividis', label='similarity'), 'second view': dict(colours='cividis', label='similarity in the second view'), 'weight': dict(colours='PuOr_r', label='weight', log=True)}
 
@@ -220,7 +220,7 @@ class Explorer(View):
         self.row, self.column = (W.BoundedIntText(min=0, max=max(n - 1, 0), description=d, style=wide, layout=dict(width='130px')) for n, d in zip(s.gallery.shape, ('image', 'caption')))
         self.go, self.keep, self.strong, self.clear = (W.Button(description=d, layout=dict(width='auto')) for d in ('go there', 'keep', 'strongest suspects', 'clear'))
         self.readout, self.note, self.walk = W.HTML(), W.HTML(), W.Select(rows=6, layout=dict(width='100%', display='none'))
-        self.walk.observe(lambda change: change.new and s.set_trait('cell', list(change.new)), 'value')
+        self.walk.observe(self._walked, 'value')
         for widget, name in ((self.layer, 'layer'), (self.order, 'order'), (self.opacity, 'opacity')): W.link((s, name), (widget, 'value'))
         W.dlink((s, 'threshold'), (self.threshold, 'value')); self.threshold.observe(self._slid, 'value')
         for k, box in self.marks.items(): box.observe(lambda _: s.set_trait('marks', [k for k, b in self.marks.items() if b.value]), 'value')
@@ -269,11 +269,16 @@ class Explorer(View):
         self.cards.put(self._pair_cards())
         if self.state.cell: self.row.value, self.column.value = self.state.cell
 
+    def _walked(self, change):
+        if change.new: self.state.cell = list(change.new)
+
     def _change_kept(self, _=None):
         g, kept = self.state.gallery, self.state.kept
         self.note.value = f'{len(kept)} pair{"s" * (len(kept) != 1)} selected: choose one to look at it; as a table in <code>.selected</code>' if kept else ''
         name = lambda i, j: f'{g.similarity[i, j]:.3f}  image {clean_text(g.pairs.image_ids[i], 24)}, caption {clean_text(g.pairs.caption_ids[j], 24)}: {g.caption(j, 90)}'
+        self.walk.unobserve(self._walked, 'value')                 # new options choose the first by themselves: nobody did
         self.walk.options = [(name(i, j), (i, j)) for i, j in kept]; self.walk.value = None
+        self.walk.observe(self._walked, 'value')
         self.walk.layout.display = '' if kept else 'none'
         self._put_marks()
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Thumbnails', 'Gallery', 'scene_pairs', 'scenes_gallery', 'feature_gallery']
 
-# %% ../../nbs/73_widgets.gallery.ipynb #022e0ead
+# %% ../../nbs/73_widgets.gallery.ipynb #02ac42b5
 import io, math
 import threading
 from collections import OrderedDict
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from ..core import DataError, check_features
+from ..core import check_features
 from ..data.pairs import Pairs
 from ..data.features import FeatureSet
 from ..data.relevance import Relevance, from_scenes
@@ -57,7 +57,7 @@ class Thumbnails:
         out = io.BytesIO(); small.save(out, 'JPEG', quality=85)
         return out.getvalue()
 
-# %% ../../nbs/73_widgets.gallery.ipynb #0843d8d5
+# %% ../../nbs/73_widgets.gallery.ipynb #089b324f
 @dataclass(frozen=True, eq=False)
 class Gallery:
     "N images and M captions as the views show them. `ValueError` names the shapes that do not fit."
@@ -128,6 +128,7 @@ class Gallery:
 
     @cached_property
     def truth(self)->np.ndarray|None: # (N,M) int8: 1 match, 0 non-match, -1 nobody looked; None when nothing is known
+        "The truth as a dense matrix; what nobody looked at is never a non-match."
         if self.relevance is None: return None
         r = self.relevance
         out = np.full(self.shape, 0 if (r.complete_images.all() and r.covered_captions.all()) else -1, np.int8)
