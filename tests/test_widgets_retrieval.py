@@ -190,6 +190,7 @@ def test_in_the_browser(where, request, tmp_path):
     table = p.locator('.vlwb-table'); first = table.locator('tbody tr').first.inner_text()
     table.get_by_role('button', name='AP@R better in sees shapes').click(); state(lambda s: s['order_by'] == 'ap_gain'); p.wait_for_function('t => document.querySelector(".vlwb-table tbody tr").innerText !== t', arg=first)
     assert table.locator('th[aria-sort=descending]').count() == 1; p.keyboard.press('Enter'); state(lambda s: s['descending'] is False)
+    table.locator('th[aria-sort=ascending]').wait_for() # the state is the kernel's: the rows are drawn a moment later
     row = table.locator('tbody tr').first; row.focus(); p.keyboard.press('ArrowDown'); p.keyboard.press('ArrowDown'); p.keyboard.press('Enter')
     want = int(table.locator('tbody tr').nth(2).inner_text().split(':')[0]); state(lambda s: s['query'] == want); p.wait_for_function('document.querySelectorAll(".vlwb-table tr[aria-selected=true]").length === 1')
     p.wait_for_timeout(600); page.shot(open_page.shots/f'retrieval-{where}.png')
