@@ -8,8 +8,12 @@ CI = os.environ.get('CI', '').lower() in ('1', 'true')
 
 
 def pytest_collection_modifyitems(items):
+    "What drives a browser shares one process of pytest -n, so that nothing else draws while a test waits; every other file stays whole for its fixtures."
     for item in items:
         if 'chromium' in getattr(item, 'fixturenames', ()): item.add_marker('browser')
+    drives = {item.path for item in items if item.get_closest_marker('browser')}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group('browser' if item.path in drives else item.path.stem))
 
 
 @pytest.hookimpl(wrapper=True)

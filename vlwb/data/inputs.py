@@ -129,7 +129,7 @@ def _four(generator, count):
     if generator is None: raise ValueError('a transform with train=True needs a torch.Generator; make one with vlwb.core.make_generator(seed)')
     return torch.cat([torch.rand(1, 4, generator=g) for g in generator]) if isinstance(generator, list) else torch.rand(count, 4, generator=generator)
 
-# %% ../../nbs/13_data.inputs.ipynb #13fc9718
+# %% ../../nbs/13_data.inputs.ipynb #13403e00
 _word = re.compile(r"\w+(?:'\w+)?|[^\w\s]")
 SPECIALS = ('[PAD]', '[UNK]', '[CLS]', '[SEP]')
 
@@ -179,6 +179,12 @@ class WordTokenizer:
         "The text behind token ids."
         names = (*SPECIALS, *self.words)
         return ' '.join(names[int(i)] for i in ids if int(i) not in (0, 2, 3))
+
+    def extended(self,
+        texts:list[str], # of another task
+    )->'WordTokenizer': # the same words under the same ids, then the words of the texts that were unknown, most frequent first
+        "A vocabulary for more texts; `models.vocabulary.extend_vocabulary` makes room for it in a model."
+        return WordTokenizer(self.words + [w for w in WordTokenizer.learn(texts).words if w not in self.ids], self.max_length)
 
     def save(self,
         path:str|Path, # a .json file, or a folder, where it becomes word_tokenizer.json
