@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['app', 'Source', 'Images', 'Format', 'Split', 'NoImages', 'Skip', 'Kind', 'Vision', 'Text', 'Clip', 'main',
-           'print_table', 'demo', 'audit', 'train', 'evaluate', 'lab', 'bench']
+           'print_table', 'demo', 'audit', 'train', 'evaluate', 'summarize', 'lab', 'bench']
 
-# %% ../nbs/85_cli.ipynb #026f0977
-import json, os, sys
+# %% ../nbs/85_cli.ipynb #02517c9b
+import json, math, os, sys
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
@@ -110,7 +110,7 @@ def audit(
     typer.echo(f"Next: review the list in JupyterLab:\n\n    from vlwb.data.pairs import read_pairs\n    from vlwb.widgets.reviewer import Reviewer\n    Reviewer({str(out)!r}, {show})\n")
     typer.echo(f"then  vlwb train {_repeat(pairs, images, format, split, skip_bad)} --known {out/'verdicts.jsonl'}   (or, without a review, all of them: --known {out/'suspects.jsonl'})")
 
-# %% ../nbs/85_cli.ipynb #14cc259e
+# %% ../nbs/85_cli.ipynb #1469af9c
 _panel = 'Synthetic negatives'
 
 @app.command(epilog='Examples:  vlwb train captions.jsonl --images photos --out run --loss srcl --aux-steps 200   |   vlwb train features.npz --out run   |   vlwb train --preset coco --data coco --dry-run   |   vlwb train --preset oscar-tiny --data photos --regions grid --vision vit --from-scratch')
@@ -165,8 +165,8 @@ def train(
     device:Annotated[str, typer.Option(help='auto, cpu, cuda, ...')]='auto',
     tensorboard:Annotated[bool, typer.Option('--tensorboard', help='Also write TensorBoard events (extra tensorboard).')]=False,
     skip_bad:Skip=False,
-    preset:Annotated[Optional[str], typer.Option(help='Train an ALBEF in the three stages of SRCL: coco, flickr30k (the settings of the paper), tiny or tiny-scenes; or an OSCAR by matching, then ITContrast: oscar-coco, oscar-flickr30k, oscar-tiny or oscar-scenes.', rich_help_panel='Training in stages')]=None,
-    data:Annotated[Optional[str], typer.Option(help='Folder with dataset_coco.json, dataset_flickr30k.json or any other form, images below it; pretrain.jsonl (noisy pairs) and clean.jsonl (for H) if you have them. Or scenes, the built-in world.', rich_help_panel='Training in stages')]=None,
+    preset:Annotated[Optional[str], typer.Option(help='Train an ALBEF in the three stages of SRCL: coco, flickr30k (the settings of the paper), tiny or tiny-scenes; or an OSCAR by matching, then ITContrast: oscar-coco, oscar-flickr30k, oscar-tiny or oscar-scenes; or a task: vqa, nlvr2, sita (the settings of the papers), vqa-tiny, nlvr2-tiny or sita-tiny.', rich_help_panel='Training in stages')]=None,
+    data:Annotated[Optional[str], typer.Option(help='Of a task: folder in the form of VQA v2, NLVR2 or MSMO. Else: folder with dataset_coco.json, dataset_flickr30k.json or any other form, images below it; pretrain.jsonl (noisy pairs) and clean.jsonl (for H) if you have them. Or scenes, the built-in world.', rich_help_panel='Training in stages')]=None,
     dry_run:Annotated[bool, typer.Option('--dry-run', help='Check data, shapes, memory and time. Nothing is trained, nothing written.', rich_help_panel='Training in stages')]=False,
     from_scratch:Annotated[bool, typer.Option('--from-scratch', help="Fresh weights of the preset's sizes; words learned from the captions.", rich_help_panel='Training in stages')]=False,
     stop_after:Annotated[Optional[str], typer.Option(help='aux, pretrain or finetune; the same command without it goes on.', rich_help_panel='Training in stages')]=None,
@@ -175,14 +175,17 @@ def train(
     region_labels:Annotated[Optional[Path], typer.Option(help='Object tags of the regions, where they are in a file of their own (.tsv or .pt).', rich_help_panel='Training in stages')]=None,
     region_order:Annotated[Optional[str], typer.Option(help='What comes first in the files of regions: wh, width, or hw, height.', rich_help_panel='Training in stages')]=None,
     max_regions:Annotated[Optional[int], typer.Option(min=1, help='Regions of an image that are read, the first of its file; by itself 50.', rich_help_panel='Training in stages')]=None,
-    start:Annotated[Optional[Path], typer.Option(help='Of an OSCAR: checkpoint of OSCAR, VinVL or BERT, or a run of vlwb train, that it starts from; its tokeniser beside it, or named by --text.', rich_help_panel='Training in stages')]=None,
+    start:Annotated[Optional[Path], typer.Option(help='Of an OSCAR: checkpoint of OSCAR, VinVL or BERT, or a run of vlwb train, that it starts from. Of a task: a run of vlwb train that trained an ALBEF, or a checkpoint of ALBEF. The tokeniser beside it, or named by --text.', rich_help_panel='Training in stages')]=None,
 ):
     "Train a dual encoder on your own pairs or features, or an ALBEF or OSCAR in stages (--preset). With accelerate launch ... -m vlwb.cli train --preset ... several processes share each batch."
     given = {name for name in context.params if context.get_parameter_source(name).name == 'COMMANDLINE'}
     _check_together(given)
     synthesis = dict(hardest=hardest, strata=strata, hardness_temperature=hardness_temperature, gate=gate, damp=damp, detach=detach, mixed=mixed, with_anchor=with_anchor) | (dict(each=each) if each is not None else {})
     contrast = dict(name=loss, similarity_temperature=similarity_temperature, norm=norm, delta=delta, threshold=threshold, multi_positive=multi_positive, synthetic_weight=synthetic_weight, intra_weight=intra_weight, regulated=regulated)
-    _check_synthesis(given, loss, preset)
+    if preset is None or not preset.startswith(_tasks): _check_synthesis(given, loss, preset)
+    if preset is not None and preset.startswith(_tasks):
+        return _train_task(preset, data, out, given, dict(start=start, text=text, scale=scale_steps, batch_size=batch_size if 'batch_size' in given else None, seed=seed, device=device,
+                                                          checkpoint_every=checkpoint_every if 'checkpoint_every' in given else None, on_error='skip' if skip_bad else 'raise'))
     if preset is not None:
         chosen = _chosen(given, contrast | dict(queue_size=queue_size), synthesis, dict(device=device, checkpoint_every=checkpoint_every)) | dict(scale=scale_steps, batch_size=batch_size if 'batch_size' in given else None, seed=seed)
         return _train_preset(preset, data, out, chosen, dry_run, stop_after, dict(vision=vision, text=text, from_scratch=from_scratch, on_error='skip' if skip_bad else 'raise', regions=regions, labels=region_labels, order=region_order, max_regions=max_regions, start=start))
@@ -202,7 +205,7 @@ def train(
     typer.echo(f"Trained {done.log[-1]['step']} steps, last loss {done.log[-1]['loss']:.3f}. Model, log and checkpoint are in {out}.")
     typer.echo(f'Next: vlwb eval {out} {_repeat(pairs, images, format, split, skip_bad)}   (better: on a split or a file that it was not trained on)')
 
-# %% ../nbs/85_cli.ipynb #16d3b5e3
+# %% ../nbs/85_cli.ipynb #1648012d
 _of_presets = 'data', 'dry_run', 'from_scratch', 'stop_after', 'scale_steps', 'regions', 'region_labels', 'region_order', 'max_regions', 'start'
 _synthesised = 'synthetic_weight', 'hardest', 'strata', 'hardness_temperature', 'gate', 'damp', 'detach', 'mixed', 'with_anchor', 'each', 'intra_weight', 'regulated'
 _mined = 'mined', 'mined_every', 'miner'                                        # of pairs alone
@@ -269,6 +272,28 @@ def _train_preset(name, data, out, chosen, dry_run, stop_after, source):
     world = data.split(':')[0] == 'scenes'
     typer.echo(f'Next: vlwb eval {out} {"scenes" if world else data}' + (' --split test' if found.get('split') == 'test' and not world else '') + ' --rerank 16')
 
+_tasks, _of_tasks = ('vqa', 'nlvr2', 'sita'), ('preset', 'data', 'out', 'start', 'text', 'scale_steps', 'batch_size', 'seed', 'device', 'checkpoint_every', 'skip_bad', 'from_scratch')
+
+def _train_task(preset, data, out, given, settings):
+    "Train questions, statements or summaries, and show how well it does."
+    from vlwb.tasks import train_task
+    if wrong := given - set(_of_tasks): raise ValueError(f'{_option(wrong)} does not go with --preset {preset}, a task: its options are {_option(set(_of_tasks) - {"preset"})}')
+    if settings['start'] is None and 'from_scratch' not in given: raise ValueError(f'--preset {preset} starts from a pre-trained model (--start RUN, as vlwb train --preset tiny-scenes --data scenes makes one, or a checkpoint of ALBEF), or from fresh weights (--from-scratch)')
+    if settings['start'] is not None and 'from_scratch' in given: raise ValueError('--from-scratch starts from no checkpoint: leave --start out')
+    run, found = train_task(preset, data, out, **settings)
+    _say_skipped(json.loads((out/'vlwb.json').read_text())['skipped'])
+    if found: _show_task(found)
+    typer.echo(f'Model, log, checkpoints and figures are in {out}.')
+    typer.echo(f'Next: vlwb eval {out} {data}' + (f'   or   vlwb summarize DOCUMENT --model {out}' if run.task == 'sita' else ''))
+
+def _show_task(found):
+    "Figures of a task: a row for each kind or measure, a column for the model and each baseline."
+    flat = lambda figures: {k: x for k, v in figures.items() for k, x in (v.items() if isinstance(v, dict) else [(k, v)]) if isinstance(x, float)}
+    columns = {name: flat(figures) for name, figures in found.items() if isinstance(figures, dict) and name != 'questions'}
+    measures = dict.fromkeys(m for figures in columns.values() for m in figures)
+    shown = lambda m, x: '-' if math.isnan(x) else f'{x:.2f}' if m == 'M_sim' else f'{x:.1f}'
+    print_table([{'': m, **{name: shown(m, figures.get(m, math.nan)) for name, figures in columns.items()}} for m in measures], f"{found['split']}, percent" + (' (M_sim: a cosine)' if 'M_sim' in measures else ''))
+
 def _figure_rows(found):
     "Rows of a table from what `retrieval_metrics` or the scenes world's judge gives."
     if 'i2t' in found: return [{'direction': title, **{k: round(v, 2) for k, v in found[side].items() if isinstance(v, float)}} for side, title in _sides.items()]
@@ -306,7 +331,7 @@ def _show_rehearsal(rehearse_preset, ready):
     typer.echo('Nothing was trained and nothing written.' + ('' if r.problems else ' Everything fits.'))
     if r.problems: raise typer.Exit(1)
 
-# %% ../nbs/85_cli.ipynb #1842af7f
+# %% ../nbs/85_cli.ipynb #188cc0fe
 @app.command('eval', epilog='Example:  vlwb eval run dataset_coco.json --images coco --split test --relevance eccv --json')
 def evaluate(
     model:Annotated[Path, typer.Argument(metavar='MODEL', help='Folder written by vlwb train; of a preset the run, or one of its stages.')],
@@ -315,12 +340,15 @@ def evaluate(
     relevance:Annotated[Optional[list[str]], typer.Option(help='Who else matches: eccv (needs the package eccv_caption), a folder with its files, a CxC SITS file, or confirmed matches. May be repeated.')]=None,
     as_json:Annotated[bool, typer.Option('--json', help='Print JSON.')]=False,
     skip_bad:Skip=False,
+    answers:Annotated[Optional[Path], typer.Option(help='Of vqa: write the answers to this file, as the evaluation server takes them.')]=None,
     rerank:Annotated[int, typer.Option(min=0, help='Re-rank the first so many candidates by the matching head of a model trained with --preset; 0: not.')]=0,
     regions:Annotated[Optional[Path], typer.Option(help="Regions of the images, for an OSCAR that was trained on a detector's: a store, a .tsv, a .pt or a folder; by itself those beside the run.")]=None,
     region_labels:Annotated[Optional[Path], typer.Option(help='Object tags of these regions, where they are in a file of their own (.tsv or .pt).')]=None,
 ):
     "Judge a trained model: strict recall, and every known match counted."
     from vlwb.workflows import eval_pairs
+    if _is_task(model): return _eval_task(model, pairs, split, answers, dict(images=images, relevance=relevance, rerank=rerank or None, regions=regions, region_labels=region_labels), as_json, skip_bad)
+    if answers: raise ValueError(f'--answers is for a run of --preset vqa, {model} is none')
     out = eval_pairs(model, pairs, images, format, split, tuple(relevance or ()), 'skip' if skip_bad else 'raise', progress=not as_json, rerank=rerank, regions=regions, labels=region_labels)
     if as_json: return typer.echo(json.dumps(out))
     _say_skipped(out['skipped'])
@@ -328,6 +356,20 @@ def evaluate(
             for name, found in out.items() if isinstance(found, dict) for side, title in _sides.items()]
     print_table(rows, f"{out['images']:,} images, {out['captions']:,} captions" + (f"; {out['further matches']:,} matches beyond the labelled ones" if 'further matches' in out else ''))
     _beside_the_paper(pairs, out, rerank)
+
+def _is_task(model):
+    "Whether a folder holds a trained task; light, as it is asked for every model."
+    return (model/'vlwb.json').exists() and 'task' in json.loads((model/'vlwb.json').read_text())
+
+def _eval_task(model, source, split, answers, unused, as_json, skip_bad):
+    "Judge a task's run, or write its answers."
+    from vlwb.tasks import eval_task
+    if wrong := {k for k, v in unused.items() if v}: raise ValueError(f'{_option(wrong)} does not go with {model}, a run of a task')
+    out = eval_task(model, source, split, answers, 'skip' if skip_bad else 'raise', progress=not as_json)
+    if as_json: return typer.echo(json.dumps(out))
+    _say_skipped(out['skipped'])
+    if answers: typer.echo(f"{out['answered']:,} answers of split {out['split']} in {answers}.")
+    else: _show_task(out)
 
 def _beside_the_paper(pairs, out, rerank):
     "The paper's rows, where the set is one that it reports."
@@ -338,7 +380,23 @@ def _beside_the_paper(pairs, out, rerank):
     ours = {'this run': out['strict']} | ({f'this run, {rerank} re-ranked': found} if (found := out.get(f'strict, first {rerank} re-ranked')) else {})
     print_table([{k: v if isinstance(v, str) else f'{v:.1f}' for k, v in row.items()} for row in results_table(ours, known).to_dict('records')], f'{known}, fine-tuned: the rows of the paper are its own, after re-ranking')
 
-# %% ../nbs/85_cli.ipynb #20920450
+# %% ../nbs/85_cli.ipynb #205b86c0
+@app.command(epilog='Example:  vlwb summarize report/ --model runs/sita --out report.html')
+def summarize(
+    document:Annotated[Path, typer.Argument(help='A folder with one text (.txt, .md or .json) and its pictures, or that text.')],
+    model:Annotated[Path, typer.Option(help='A run of vlwb train --preset sita or sita-tiny.')],
+    out:Annotated[Path, typer.Option(help='The page that is written.')]=Path('summary.html'),
+    as_json:Annotated[bool, typer.Option('--json', help='Print the summary, the pictures and their pseudo captions as JSON.')]=False,
+):
+    "Summarise a document with pictures: a summary, the picture that goes with it, and the sentence that could be each picture's caption."
+    from vlwb.tasks import summarise
+    found = summarise(document, model, out)
+    if as_json: return typer.echo(json.dumps(found))
+    typer.echo(' '.join(found['summary']) or 'The summary is empty.')
+    print_table([{'picture': p['image'], 'pseudo caption': p['caption'] or 'none', 'similar to the summary': '-' if p['score'] is None else f"{p['score']:.2f}", 'chosen': 'yes' if p['chosen'] else ''} for p in found['pictures']], document.name)
+    typer.echo(f'The page is {out}.')
+
+# %% ../nbs/85_cli.ipynb #21920450
 @app.command(epilog='Examples:  vlwb lab   |   vlwb lab work   |   vlwb lab --app')
 def lab(
     folder:Annotated[Path, typer.Argument(help='Where to work; the tour is copied there, once.')]=Path('.'),
@@ -355,7 +413,7 @@ def lab(
     import subprocess
     raise typer.Exit(subprocess.run(command).returncode)
 
-# %% ../nbs/85_cli.ipynb #221a680c
+# %% ../nbs/85_cli.ipynb #231a680c
 @app.command(epilog='Examples:  vlwb bench losses   |   vlwb bench retrieval   |   vlwb bench imports --json')
 def bench(
     name:Annotated[str, typer.Argument(help='losses, rerank, mining, widgets, retrieval, scenes or imports.')],
@@ -368,5 +426,5 @@ def bench(
     rows = run_bench(name, tiny=tiny)
     typer.echo(to_json(rows) if as_json else as_table(rows))
 
-# %% ../nbs/85_cli.ipynb #36454fe4
+# %% ../nbs/85_cli.ipynb #37454fe4
 if __name__ == '__main__' and __package__ == 'vlwb': main()

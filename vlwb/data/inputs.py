@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['AUGMENTATIONS', 'SPECIALS', 'augmented', 'rand_augment', 'ImageTransform', 'WordTokenizer', 'HubTokenizer',
-           'load_tokenizer', 'epoch_order', 'PairDataset', 'take_texts', 'TensorSet', 'as_is', 'make_loader']
+           'load_tokenizer', 'epoch_order', 'LoadedImages', 'TensorImages', 'PairDataset', 'take_texts', 'TensorSet',
+           'as_is', 'make_loader']
 
 # %% ../../nbs/13_data.inputs.ipynb #0239204f
 import json, math, re
@@ -310,7 +311,42 @@ def _distinct_batches(order, image, batch_size):
         batches += list(rest[:full].reshape(-1, batch_size)); tail = rest[full:]
     return batches + [tail] if len(tail) else batches
 
-# %% ../../nbs/13_data.inputs.ipynb #2592dcd5
+# %% ../../nbs/13_data.inputs.ipynb #25b1bee1
+class LoadedImages:
+    "Images of any set as tensors, decoded as they are asked for."
+    def __init__(self,
+        source, # has image_ids, images and load_image(i) -> PIL image
+        transform:ImageTransform, # PIL -> (3,H,W)
+        seed:int=0, # of random crops
+    ):
+        if source.images is None: raise ValueError(f'{source.source}: it was read without images; read it again and name their folder')
+        self.source, self.transform, self.seed = source, transform, seed
+
+    def __len__(self): return len(self.source.image_ids)
+
+    def images_at(self,
+        index, # (B,) positions of images
+        epoch:int=0, # random crops depend on seed, epoch and image alone
+    )->Tensor: # (B,3,H,W)
+        draws = lambda i: make_generator((self.seed*1_000_003 + epoch*7_919 + i*104_729 + 1) % 2**63) if self.transform.train else None
+        return torch.stack([self.transform(self.source.load_image(int(i)), draws(int(i))) for i in index])
+
+class TensorImages:
+    "Images that are tensors already, features or pixels."
+    def __init__(self,
+        images:Tensor, # (N,...)
+    ):
+        self.images = images
+
+    def __len__(self): return len(self.images)
+
+    def images_at(self,
+        index, # (B,) positions of images
+        epoch:int=0, # unused: nothing is augmented
+    )->Tensor: # (B,...)
+        return self.images[torch.as_tensor(np.asarray(index, np.int64))]
+
+# %% ../../nbs/13_data.inputs.ipynb #2892dcd5
 class PairDataset:
     "Pairs as batches of tensors; a map dataset for torch's DataLoader, or used directly with `batch`."
     def __init__(self,
@@ -366,7 +402,7 @@ class PairDataset:
 
     def __getitems__(self, index): return self.batch(index)
 
-# %% ../../nbs/13_data.inputs.ipynb #2905f0dc
+# %% ../../nbs/13_data.inputs.ipynb #3205f0dc
 def take_texts(
     texts:dict[str,Tensor], # each (M,T)
     index:Tensor, # (B,) positions
@@ -411,7 +447,7 @@ class TensorSet:
         image = torch.from_numpy(self.caption_image)[index]
         return Batch(self.images_at(image), self.texts_at(index), image, index)
 
-# %% ../../nbs/13_data.inputs.ipynb #3385ca6a
+# %% ../../nbs/13_data.inputs.ipynb #3685ca6a
 class _Epoch:
     "A dataset at one epoch, for the DataLoader."
     def __init__(self, dataset, epoch): self.dataset, self.epoch = dataset, epoch

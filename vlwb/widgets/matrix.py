@@ -67,7 +67,7 @@ def _shrink(layer, factor, marks):
     count = there.sum((1, 3))
     return ((x * there).sum((1, 3)) / count.clamp(min=1)).round().to(torch.uint8).masked_fill(count == 0, NO_VALUE)
 
-# %% ../../nbs/73c_widgets.matrix.ipynb #086b6405
+# %% ../../nbs/73c_widgets.matrix.ipynb #08c28b7c
 _CSS = '''
 .vlwb-matrix { color: var(--jp-ui-font-color1, #1f2328); font: 12px/1.4 var(--jp-ui-font-family, system-ui, sans-serif); max-width: 100%; }
 .vlwb-matrix canvas { display: block; width: 100%; border: 1px solid var(--jp-border-color2, #c8ccd2); touch-action: none; cursor: crosshair; background: repeating-linear-gradient(45deg, #d9dce1 0 4px, #eef0f2 4px 8px); }
@@ -159,7 +159,7 @@ function render({ model, el }) {
   bar.append(legend);
   const icon = k => { const s = { circle: '<circle cx="6" cy="6" r="4.5"/>', diamond: '<path d="M6 1l5 5-5 5-5-5z"/>', triangle: '<path d="M6 1.5l5 9H1z"/>', square: '<path d="M1.5 1.5h9v9h-9z"/>', cross: '<path d="M2 2l8 8M10 2l-8 8" stroke-width="2.5"/>', ring: '<circle cx="6" cy="6" r="4" fill="none" stroke-width="2.5"/>' }[k.shape], e = make('span'); e.innerHTML = `<svg width="12" height="12" fill="${/^#[0-9a-f]{6}$/i.test(k.colour) ? k.colour : '#000'}" stroke="${/^#[0-9a-f]{6}$/i.test(k.colour) ? k.colour : '#000'}" aria-hidden="true">${s}</svg>`; return e; };
   function key() {
-    legend.replaceChildren(); const l = raw.get(model.get('values')); if (l) { const e = make('span'), ramp = make('span', 'ramp'), stops = []; for (let i = 0; i < 9; i++) { const q = Math.round(i / 8 * 254) * 3; stops.push(`rgb(${l.ramp[q]},${l.ramp[q + 1]},${l.ramp[q + 2]})`); } ramp.style.background = `linear-gradient(90deg,${stops.join(',')})`; legend.append(make('span', 'muted', 'images ↓ captions →')); e.append(`${l.label} ${(+l.low).toPrecision(2)}`, ramp, `${(+l.high).toPrecision(2)}`); legend.append(e); }
+    legend.replaceChildren(); const l = raw.get(model.get('values')); if (l) { const e = make('span'), ramp = make('span', 'ramp'), stops = []; for (let i = 0; i < 9; i++) { const q = Math.round(i / 8 * 254) * 3; stops.push(`rgb(${l.ramp[q]},${l.ramp[q + 1]},${l.ramp[q + 2]})`); } ramp.style.background = `linear-gradient(90deg,${stops.join(',')})`; legend.append(make('span', 'muted', model.get('axes'))); e.append(`${l.label} ${(+l.low).toPrecision(2)}`, ramp, `${(+l.high).toPrecision(2)}`); legend.append(e); }
     for (const k of model.get('marks')) if (k.visible) { const e = icon(k); e.append(`${k.label}: ${k.count.toLocaleString('en')}`); legend.append(e); }
     canvas.setAttribute('aria-label', model.get('label') + ': arrow keys move, Enter chooses, + and - zoom, 0 shows everything');
   }
@@ -198,6 +198,7 @@ class MatrixCanvas(anywidget.AnyWidget):
     window = T.List(T.Float()).tag(sync=True) # top, left, rows, columns to show; set it to go there
     height = T.Int(480).tag(sync=True) # pixels
     label = T.Unicode('matrix of pairs').tag(sync=True) # said by a screen reader
+    axes = T.Unicode('images ↓ captions →').tag(sync=True) # what rows and columns are
 
     def __init__(self,
         overview:int=1024, # longest side that is sent at once
