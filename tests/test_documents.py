@@ -7,11 +7,11 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from vlwb.core import DataError, seed_everything
 from vlwb.data.documents import DocumentConfig, DocumentResult, Documents, make_documents, read_document, read_msmo, split_sentences, write_documents
-from vlwb.data.inputs import ImageTransform, WordTokenizer
+from vlwb.data.inputs import ImageTransform, LoadedImages, WordTokenizer
 from vlwb.data.world import SceneConfig
 from vlwb.models.albef import AlbefConfig, AlbefModel
 from vlwb.models.alignment import AlignmentConfig, AlignmentModel, align_documents, alignment_loss, caption_targets, document_texts, keep_best, match
-from vlwb.train.alignment import AlignmentObjective, AlignmentPreset, AlignmentSet, TransformedImages, alignment_figures, images_of, reference_captions, train_alignment
+from vlwb.train.alignment import AlignmentObjective, AlignmentPreset, AlignmentSet, alignment_figures, images_of, reference_captions, train_alignment
 from vlwb.train.loop import Batches, TrainConfig, train
 
 SMALL = DocumentConfig(image_size=32)
@@ -222,7 +222,7 @@ def test_documents_that_lack_something(documents, tokenizer, start, features):
 
 def test_pixels_work_as_well(documents, tokenizer):
     few = documents[np.arange(3)]
-    pixels = TransformedImages(few, ImageTransform(32))
+    pixels = LoadedImages(few, ImageTransform(32))
     model = AlignmentModel.from_albef(AlbefModel(AlbefConfig(image_size=32, patch_size=16, channels=3, vocab_size=tokenizer.vocab_size, max_length=64)))
     found = align_documents(model, few.sentences, images_of(few, pixels), tokenizer)
     assert [len(a.sentence) for a in found] == [len(i) for i in few.image]

@@ -8,13 +8,13 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from torch.testing import assert_close
 from vlwb.core import DataError
 from vlwb.data.documents import DocumentConfig, Documents, make_documents
-from vlwb.data.inputs import ImageTransform, WordTokenizer
+from vlwb.data.inputs import ImageTransform, LoadedImages, WordTokenizer
 from vlwb.eval.summaries import (SITA_PRESETS, Sita, SitaPreset, choose_picture, image_precision, judge_summaries, lead, picture_scores, random_pictures,
                                  random_precision, rouge, sita_figures, summarise_document, train_sita)
 from vlwb.models.albef import AlbefConfig, AlbefModel
 from vlwb.models.alignment import AlignmentConfig
 from vlwb.models.summariser import Summariser, SummariserConfig, sentence_places
-from vlwb.train.alignment import AlignmentPreset, TransformedImages
+from vlwb.train.alignment import AlignmentPreset
 from vlwb.train.loop import TrainConfig
 from vlwb.train.summaries import SUMMARY_PRESETS, SummaryPreset, SummarySet, chosen_captions, text_row, train_summaries, write_summaries
 
@@ -138,12 +138,12 @@ def test_sita_on_pixels(documents, tokenizer, tmp_path):
     torch.manual_seed(0)
     start = AlbefModel(AlbefConfig(image_size=16, patch_size=8, channels=3, vocab_size=tokenizer.vocab_size, max_length=64, vision_layers=1, text_layers=1, fusion_layers=1)).eval()
     preset = SitaPreset('quick', AlignmentPreset('quick', AlignmentConfig(keep=2), train=replace(QUICK, steps=1, checkpoint_every=0), batch_size=6, rounds=1), PRESET)
-    images = TransformedImages(documents, ImageTransform(16))
+    images = LoadedImages(documents, ImageTransform(16))
     sita = train_sita(start, tokenizer, documents, images, preset, folder=tmp_path/'sita', progress=False)
     again = Sita.from_pretrained(tmp_path/'sita')
     assert again.preset == preset and json.dumps(sita_figures(again, documents, images)) == json.dumps(sita_figures(sita, documents, images))
     one = documents[4]
-    result = summarise_document(again, one, TransformedImages(one, ImageTransform(16)))
+    result = summarise_document(again, one, LoadedImages(one, ImageTransform(16)))
     assert result.chosen in range(len(one.image[0])) or not result.summary
     assert sorted(set(result.caption.tolist())) == sorted(result.caption.tolist())              # one sentence each
     text = json.loads((tmp_path/'sita'/'sita.json').read_text()); text['preset']['summaries']['widht'] = 3
@@ -171,7 +171,7 @@ def test_sita_over_a_published_bart(documents, tokenizer, tmp_path):
     start = AlbefModel(AlbefConfig(image_size=16, patch_size=8, channels=3, vocab_size=tokenizer.vocab_size, max_length=64, vision_layers=1, text_layers=1, fusion_layers=1)).eval()
     published = replace(SITA_PRESETS['sita'].summaries, start=str(tmp_path/'bart'), train=QUICK, epochs=0., batch_size=4, max_tokens=10, beams=2)
     preset = SitaPreset('published', AlignmentPreset('quick', AlignmentConfig(keep=2), train=replace(QUICK, steps=1, checkpoint_every=0), batch_size=6, rounds=1), published)
-    images = TransformedImages(documents, ImageTransform(16))
+    images = LoadedImages(documents, ImageTransform(16))
     sita = train_sita(start, tokenizer, documents, images, preset, folder=tmp_path/'sita', progress=False)
     assert sita.summariser.config.bart['d_model'] == 16 and not sita.summariser.config.local and sita.words.vocab_size == len(words)
     again = Sita.from_pretrained(tmp_path/'sita')

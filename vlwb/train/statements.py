@@ -6,7 +6,7 @@
 __all__ = ['STATEMENT_PRESETS', 'statement_loss', 'Pictures', 'StatementSet', 'StatementObjective', 'StatementPreset',
            'encode_pictures', 'train_statements']
 
-# %% ../../nbs/58b_train.statements.ipynb #02c6191f
+# %% ../../nbs/58b_train.statements.ipynb #028a2b98
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,8 +14,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core import Batch, DataError, config_hash, make_generator, pick_device
-from ..data.inputs import ImageTransform, take_texts
+from ..core import Batch, DataError, config_hash, pick_device
+from ..data.inputs import ImageTransform, LoadedImages, take_texts
 from ..data.statements import Statements
 from ..models.two_images import TwoImageModel
 from .loop import Batches, TrainConfig, train
@@ -32,28 +32,18 @@ def statement_loss(
     loss = F.cross_entropy(logits.float(), labels.long(), ignore_index=-1)
     return loss, (logits.argmax(1) == labels)[known].float().mean()
 
-# %% ../../nbs/58b_train.statements.ipynb #1032835b
-class Pictures:
+# %% ../../nbs/58b_train.statements.ipynb #102ab578
+class Pictures(LoadedImages):
     "The pictures of statements as tensors."
     def __init__(self,
         statements:Statements, # with pictures
         transform:ImageTransform, # PIL -> (3,H,W)
         seed:int=0, # of random crops
     ):
-        if statements.images is None: raise ValueError(f'{statements.source}: these statements have no pictures; read them with images=FOLDER')
         if transform.train and transform.flip: raise ValueError('flip mirrors pictures, and statements say left and right: leave it off')
-        self.statements, self.transform, self.seed = statements, transform, seed
+        super().__init__(statements, transform, seed)
 
-    def __len__(self): return self.statements.num_images
-
-    def images_at(self,
-        index, # (B,) positions of pictures
-        epoch:int=0, # of random crops
-    )->Tensor: # (B,3,H,W)
-        draw = lambda i: make_generator((self.seed*1_000_003 + epoch*7_919 + i*104_729 + 1) % 2**63) if self.transform.train else None
-        return torch.stack([self.transform(self.statements.load_image(int(i)), draw(int(i))) for i in index])
-
-# %% ../../nbs/58b_train.statements.ipynb #1266b27b
+# %% ../../nbs/58b_train.statements.ipynb #1283ba59
 class StatementSet:
     "Statements as batches for `TwoImageModel`; a set as `train.loop` takes it."
     def __init__(self,
@@ -79,7 +69,7 @@ class StatementSet:
 
     def _pictures(self, index, epoch):
         if isinstance(self.images, Tensor): x = self.images[torch.from_numpy(index)]
-        else: x = self.images.images_at(index, epoch) if isinstance(self.images, Pictures) else self.images.images_at(index)
+        else: x = self.images.images_at(index, epoch) if isinstance(self.images, LoadedImages) else self.images.images_at(index)
         return torch.zeros_like(x) if self.blank else x
 
     def rows(self,
