@@ -132,7 +132,7 @@ def read_results(
     if missing: raise DataError(f'{path}: {len(missing)} questions have no answer, the first is question_id {missing[0]}; answer all of the split')
     return [found[i] for i in questions.question_ids]
 
-# %% ../../nbs/67_eval.answering.ipynb #2090ac77
+# %% ../../nbs/67_eval.answering.ipynb #208bd74d
 @dataclass(frozen=True)
 class AnswerSpec:
     "Everything that decides a run."
@@ -144,7 +144,7 @@ class AnswerSpec:
     sizes:tuple[str,...]=('large',) # of objects
     scenes:int=16_000 # training scenes
     questions:int=16_000 # of each kind
-    relations:int=32_000 # questions about relations
+    relations:int=40_000 # questions about relations
     judged_scenes:int=2_000 # of val and of test
     judged:int=1_000 # questions of each kind on them
     seed:int=0 # of scenes and questions

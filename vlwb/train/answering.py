@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ANSWERING', 'QuestionSet', 'answer_objective', 'AnsweringConfig', 'ImageGroups', 'train_answering']
 
-# %% ../../nbs/58a_train.answering.ipynb #02d6f28e
+# %% ../../nbs/58a_train.answering.ipynb #025ebe21
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import count, islice
@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from ..core import Batch, make_generator
-from ..data.inputs import ImageTransform, take_texts
+from ..data.inputs import ImageTransform, LoadedImages, take_texts
 from ..data.questions import Questions, answer_targets
 from ..models.albef import AlbefModel
 from ..models.answering import AnswerModel
 from .loop import TrainConfig, train
 from .stages import at_image_size
 
-# %% ../../nbs/58a_train.answering.ipynb #05020ca3
+# %% ../../nbs/58a_train.answering.ipynb #059481d0
 class QuestionSet:
     "Questions, their images and their weighted answers, ready for the loop."
     def __init__(self,
@@ -35,7 +35,7 @@ class QuestionSet:
     ):
         if not questions.labelled: raise ValueError(f'{questions.source}: questions without answers cannot be learned from')
         if images is None and (transform is None or questions.images is None): raise ValueError(f'{questions.source}: give images (features or pixels with images_at), or a transform for images that the set holds')
-        self.images, self.transform, self.seed, self.weights = images, transform, seed, weights
+        self.images, self.weights = LoadedImages(questions, transform, seed) if images is None else images, weights
         known = None if vocabulary is None else set(vocabulary)
         targets = [{a: w for a, w in answer_targets(given, weights).items() if a and (known is None or a in known)} for given in questions.answers]
         keep = np.flatnonzero([bool(t) for t in targets])
@@ -50,11 +50,11 @@ class QuestionSet:
     @property
     def caption_image(self)->np.ndarray: return self.questions.image   # the name that the loop knows
 
-    def images_at(self, image, epoch=0)->Tensor: # (N,...) the images at these positions
-        if self.images is not None: return self.images.images_at(image)
-        draws = lambda i: make_generator((self.seed*1_000_003 + epoch*7_919 + int(i)*104_729 + 1) % 2**63)
-        train = getattr(self.transform, 'train', False)
-        return torch.stack([self.transform(self.questions.load_image(int(i)), draws(i)) if train else self.transform(self.questions.load_image(int(i))) for i in image])
+    def images_at(self,
+        image, # (N,) positions of images
+        epoch:int=0, # of random crops
+    )->Tensor: # (N,...)
+        return self.images.images_at(image, epoch) if isinstance(self.images, LoadedImages) else self.images.images_at(image)
 
     def batch(self,
         index, # (B,) positions of questions
@@ -90,7 +90,7 @@ def answer_objective(
     loss = model(batch.images, dict(input_ids=texts['input_ids'], attention_mask=texts['attention_mask']), answers, question_of, weights[some], texts['image_of'])
     return loss, dict(nll=loss.item())
 
-# %% ../../nbs/58a_train.answering.ipynb #1780522b
+# %% ../../nbs/58a_train.answering.ipynb #173d093f
 @dataclass(frozen=True)
 class AnsweringConfig:
     "How a model is trained to answer."
@@ -118,8 +118,8 @@ class AnsweringConfig:
         return self.train if not self.epochs else replace(self.train, steps=max(1, round(self.epochs * questions / self.batch_size)))
 
 ANSWERING = {'vqa': AnsweringConfig(TrainConfig(lr=2e-5, vision_lr=5e-6, weight_decay=0.05, checkpoint_every=1000), 1024, epochs=8, image_size=384, augment='randaugment'),
-             'vqa-tiny': AnsweringConfig(TrainConfig(steps=4000, lr=1e-3, warmup=100, checkpoint_every=500, evaluate_every=250), 128, per_image=4, depth=0, places=1.,
-                                     lessons=((('colour', 'shape'), 0.08), (('existence', 'count', 'colour', 'shape'), 0.22)), min_count=1, candidates=4)}
+             'vqa-tiny': AnsweringConfig(TrainConfig(steps=6000, lr=1e-3, warmup=100, checkpoint_every=500, evaluate_every=500), 128, per_image=4, depth=0, places=1.,
+                                     lessons=((('colour', 'shape'), 0.05), (('existence', 'count', 'colour', 'shape'), 0.15)), min_count=1, candidates=4)}
 
 # %% ../../nbs/58a_train.answering.ipynb #18b313fe
 class ImageGroups:
