@@ -1,11 +1,12 @@
 "Documents with pictures: the made-up world, the readers, and the alignment of pictures and sentences."
 import itertools, json, os
+from dataclasses import replace
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
-from vlwb.core import DataError, seed_everything
+from vlwb.core import DataError, make_generator, seed_everything
 from vlwb.data.documents import DocumentConfig, DocumentResult, Documents, make_documents, read_document, read_msmo, split_sentences, write_documents
 from vlwb.data.inputs import ImageTransform, LoadedImages, WordTokenizer
 from vlwb.data.world import SceneConfig
@@ -232,3 +233,27 @@ def test_pixels_work_as_well(documents, tokenizer):
 def test_columns_must_agree():
     with pytest.raises(ValueError, match='at least|one entry|needs a sentence'): document_texts([[]], [1], None)
     with pytest.raises(ValueError, match='must lie in'): Documents(['a'], [['x']], [[1]], ['i'])
+
+
+def test_losses_in_half_precision_and_under_autocast(documents, features, tokenizer, start):
+    "A row without a target makes no NaN where the smallest numbers of float16 are coarse."
+    scores, target = torch.randn(2, 3, 4, generator=make_generator(0)), torch.zeros(2, 3, 4)
+    target[0,0,1] = target[1,2,3] = 1.
+    full = alignment_loss(scores, target)
+    for dtype in (torch.float16, torch.bfloat16):
+        torch.testing.assert_close(alignment_loss(scores.to(dtype), target), full, rtol=2e-2, atol=2e-2)
+        assert alignment_loss(scores.to(dtype), torch.zeros_like(target)) == 0
+    model = AlignmentModel.from_albef(start, AlignmentConfig(keep=2))
+    targets = [np.eye(len(i), len(s), dtype=np.float32) for i, s in zip(documents.image, documents.sentences)]
+    batch = AlignmentSet(documents, features, tokenizer, targets).batch(range(len(documents)))
+    with torch.autocast('cpu', torch.bfloat16): loss, _ = AlignmentObjective(across_weight=1.)(model, batch)
+    assert loss.isfinite()
+
+
+def test_a_document_without_pictures_among_pixels():
+    documents = make_documents(3, seed=1, split='train', config=DocumentConfig(image_size=32))
+    bare = replace(documents, image=[documents.image[0], np.zeros(0, np.int64), documents.image[2]], reference=None, caption=None)
+    tokenizer = WordTokenizer.learn(bare.texts)
+    model = AlignmentModel.from_albef(AlbefModel(AlbefConfig(image_size=32, patch_size=8, channels=3, vocab_size=tokenizer.vocab_size, max_length=64)).eval(), AlignmentConfig(keep=2))
+    found = align_documents(model.eval(), bare.sentences, images_of(bare, LoadedImages(bare, ImageTransform(32))), tokenizer)
+    assert [len(a.sentence) for a in found] == [len(i) for i in bare.image]

@@ -6,7 +6,7 @@
 __all__ = ['TASKS', 'Begun', 'begin', 'task_of', 'read_task', 'scene_size', 'make_task', 'TaskData', 'see', 'words_of', 'TaskRun',
            'changed_task', 'train_task', 'load_task', 'eval_task', 'summarise']
 
-# %% ../nbs/84b_tasks.ipynb #022d59f2
+# %% ../nbs/84b_tasks.ipynb #02e58d96
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from .data.statements import make_statements, read_nlvr, read_nlvr2
 from .data.world import make_scenes
 from .eval.answering import answer_questions, answering_figures, write_results
 from .eval.statements import figures_of, majority_baseline, statement_figures, text_baseline
-from .eval.summaries import SITA_PRESETS, Sita, sita_figures, summarise_document, train_sita
+from .eval.summaries import SITA_PRESETS, Sita, rouge, sita_figures, summarise_document, train_sita
 from .eval.study import WorldSpec, get_backbone
 from .models.albef import AlbefModel
 from .models.answering import AnswerModel
@@ -201,7 +201,7 @@ def words_of(
     if task == 'sita': return part.texts
     return part.text + ([a for answers in part.answers for a in answers] if task == 'vqa' else [])
 
-# %% ../nbs/84b_tasks.ipynb #127d5587
+# %% ../nbs/84b_tasks.ipynb #120a7df2
 @dataclass(frozen=True)
 class TaskRun:
     "What a folder of a trained task holds."
@@ -231,8 +231,9 @@ def _train_vqa(begun, data, config, out, identity, progress):
     train, images = data.parts['train'], data.images['train']
     transform = None
     if begun.backbone is None: images, transform = None, _train_view(begun, config)
+    vocabulary = answer_vocabulary(train, config.min_count)                        # before training: a set without one is not worth hours
     model, _ = train_answering(begun.model, begun.tokenizer, train, images, config, out, transform=transform, identity=identity, progress=progress)
-    return model, answer_vocabulary(train, config.min_count)
+    return model, vocabulary
 
 def _train_nlvr2(begun, data, config, out, identity, progress):
     train, images = data.parts['train'], data.images['train']
@@ -243,6 +244,7 @@ def _train_nlvr2(begun, data, config, out, identity, progress):
     return model, None
 
 def _train_sita(begun, data, config, out, identity, progress):
+    rouge([['a']], [['a']])                                                        # says what to install before anything is trained
     return train_sita(begun.model, begun.tokenizer, data.parts['train'], data.images['train'], config, begun.known_words, out, progress), None
 
 def _train_view(begun, config):

@@ -311,7 +311,7 @@ def _distinct_batches(order, image, batch_size):
         batches += list(rest[:full].reshape(-1, batch_size)); tail = rest[full:]
     return batches + [tail] if len(tail) else batches
 
-# %% ../../nbs/13_data.inputs.ipynb #25b1bee1
+# %% ../../nbs/13_data.inputs.ipynb #25b5c440
 class LoadedImages:
     "Images of any set as tensors, decoded as they are asked for."
     def __init__(self,
@@ -329,6 +329,7 @@ class LoadedImages:
         epoch:int=0, # random crops depend on seed, epoch and image alone
     )->Tensor: # (B,3,H,W)
         draws = lambda i: make_generator((self.seed*1_000_003 + epoch*7_919 + i*104_729 + 1) % 2**63) if self.transform.train else None
+        if not len(index): return torch.zeros(0, 3, self.transform.size, self.transform.size)
         return torch.stack([self.transform(self.source.load_image(int(i)), draws(int(i))) for i in index])
 
 class TensorImages:

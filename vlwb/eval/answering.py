@@ -69,7 +69,7 @@ def answer_questions(
         index[part], scores[part] = ranked.index[:,:top].cpu().numpy(), ranked.log_likelihood[:,:top].float().cpu().numpy()
     return index, scores
 
-# %% ../../nbs/67_eval.answering.ipynb #11d246b3
+# %% ../../nbs/67_eval.answering.ipynb #117c8e7d
 def accuracy_by_kind(
     questions:Questions, # labelled
     predictions:list[str], # one for each question
@@ -97,7 +97,7 @@ def answering_figures(
     k:int=128, # answers run whole for each question
     batch_size:int=256, # questions at a time
     progress:bool=True, # show the bar
-)->dict: # 'model', 'blind' and 'majority' (where there is a train set): kind -> percent; 'questions': kind -> number; 'answerable': percent whose best answer is in the vocabulary
+)->dict: # 'model', 'blind' and 'majority' (where there is a train set): kind -> percent; 'questions': kind -> number; 'reachable': percent that the best answers of the vocabulary would get
     "How well a model answers, beside what can be had without looking."
     index, _ = answer_questions(model, tokenizer, questions, images, vocabulary, k, batch_size, progress=progress)
     best, known = [vocabulary[i] for i in index[:,0]], set(vocabulary)

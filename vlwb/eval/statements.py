@@ -42,7 +42,7 @@ def accuracy_and_consistency(
     np.logical_and.at(whole, np.unique(np.array(group), return_inverse=True)[1], right)
     return dict(accuracy=100*float(right.mean()), consistency=100*float(whole.mean()))
 
-# %% ../../nbs/67a_eval.statements.ipynb #0914d010
+# %% ../../nbs/67a_eval.statements.ipynb #098aaef4
 @torch.inference_mode()
 def judge_statements(
     model:TwoImageModel, # in any mode; left in evaluation mode
@@ -56,8 +56,9 @@ def judge_statements(
     if images is None: images = Pictures(statements, STATEMENT_PRESETS['nlvr2-tiny'].transform(model.albef.vision.config.image_size))
     data, device = StatementSet(statements, tokenizer, images, whole_sentences=False, blank=blank), next(model.parameters()).device
     model.eval()
-    parts = [data.rows(r).to(device) for r in np.split(np.arange(len(statements)), range(batch_size, len(statements), batch_size))]
-    return torch.cat([model(b.images, b.texts).float().softmax(1)[:,1].cpu() for b in parts]).numpy()
+    if not len(statements): return np.zeros(0, np.float32)
+    batches = (data.rows(r).to(device) for r in np.split(np.arange(len(statements)), range(batch_size, len(statements), batch_size)))   # one at a time
+    return torch.cat([model(b.images, b.texts).float().softmax(1)[:,1].cpu() for b in batches]).numpy()
 
 def figures_of(
     probability, # (S,) that each statement is true

@@ -195,7 +195,7 @@ def caption_targets(
     out[rows] = p/p.sum(1, keepdims=True)
     return out
 
-# %% ../../nbs/48c_models.alignment.ipynb #25bc554d
+# %% ../../nbs/48c_models.alignment.ipynb #2597404e
 def alignment_loss(
     scores:Tensor, # (B,K,S), -inf where there is no sentence, or none that this pass scored
     target:Tensor, # (B,K,S) rows that sum to 1, or 0
@@ -204,6 +204,7 @@ def alignment_loss(
     "Cross-entropy of the targets and the softmax over the sentences that were scored; a target's share on others is dealt out anew."
     if scores.shape != target.shape: raise ValueError(f'scores {tuple(scores.shape)} and target {tuple(target.shape)} must be of one shape (B,K,S)')
     if weight is not None and weight.shape != scores.shape[:2]: raise ValueError(f'weight must be (B,K) = {tuple(scores.shape[:2])}, got {tuple(weight.shape)}')
+    scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores   # the smallest numbers of a division by a sum are none in half precision
     scored = scores > -torch.inf
     target = target.to(scores.dtype).masked_fill(~scored, 0.)
     total = target.sum(2)

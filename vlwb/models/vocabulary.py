@@ -12,13 +12,15 @@ from torch import Tensor
 from ..core import make_generator
 from .albef import AlbefModel
 
-# %% ../../nbs/46a_models.vocabulary.ipynb #05df9a32
+# %% ../../nbs/46a_models.vocabulary.ipynb #0585a626
 def _with_rows(x:Tensor, new:int, after:int, generator) -> Tensor:
     "Rows put in after the first `after`, drawn like the others."
     known = x[:after]
     noise = torch.randn(new, *x.shape[1:], generator=generator).to(x)
     drawn = known.mean(0) + noise * (known.std(0) if x.ndim > 1 else 0.)
     return torch.cat([known, drawn, x[after:]])
+
+_ROWS = tuple(f'text.{n}' for n in ('bert.embeddings.word_embeddings.weight', 'cls.predictions.bias', 'cls.predictions.decoder.weight', 'cls.predictions.decoder.bias')) # a row a word
 
 def extend_vocabulary(
     model:AlbefModel, # trained; stays as it is
@@ -30,7 +32,7 @@ def extend_vocabulary(
     had = model.config.vocab_size
     if new < 0 or not 0 < after <= had: raise ValueError(f'new must not be negative and after must be in 1..{had}, the words of the model, got new={new}, after={after}')
     bigger, generator = AlbefModel(replace(model.config, vocab_size=had + new)), make_generator(seed)
-    rows = {n for n, p in bigger.state_dict().items() if p.shape[:1] == (had + new,) and n.startswith('text.')} if new else set()
+    rows = _ROWS if new else ()
     drawn = {}                                                   # the decoder of masked words is the embedding: one tensor, drawn once
     def grown(name, x):
         if name not in rows: return x

@@ -9,8 +9,8 @@ __all__ = ['ALIGNMENT_PRESETS', 'grid_features', 'take_images', 'images_of', 'Re
            'across_loss', 'AlignmentPreset', 'TrainedAlignment', 'train_alignment', 'share_right', 'alignment_figures',
            'retrieval_figures']
 
-# %% ../../nbs/58c_train.alignment.ipynb #02769ef8
-from collections.abc import Callable
+# %% ../../nbs/58c_train.alignment.ipynb #02486cc4
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +26,7 @@ from ..models.alignment import (Alignment, AlignmentConfig, AlignmentModel, Alig
 from .backbone import GridBackbone
 from .loop import Batches, TrainConfig, train
 
-# %% ../../nbs/58c_train.alignment.ipynb #0561ca99
+# %% ../../nbs/58c_train.alignment.ipynb #057562f6
 def grid_features(
     documents:Documents, # with pictures
     backbone:GridBackbone, # how scenes are seen
@@ -45,12 +45,18 @@ def take_images(
     index = torch.as_tensor(np.asarray(index, np.int64))
     return images.images_at(index) if hasattr(images, 'images_at') else images[index]
 
+class _DocumentImages:
+    "Pictures of each document, taken when they are asked for: those of a large set do not fit into memory."
+    def __init__(self, documents, images): self.at, self.images = documents.image, images
+    def __len__(self): return len(self.at)
+    def __getitem__(self, i): return [take_images(self.images, x) for x in self.at[i]] if isinstance(i, slice) else take_images(self.images, self.at[i])
+
 def images_of(
     documents:Documents, # N documents
     images, # of all of them: (I,...) tensor, or anything with images_at
-)->list[Tensor]: # (K,...) of each document
+)->Sequence[Tensor]: # (K,...) of each document, made when asked for
     "Pictures of each document."
-    return [take_images(images, i) for i in documents.image]
+    return _DocumentImages(documents, images)
 
 # %% ../../nbs/58c_train.alignment.ipynb #091fbc75
 class References(NamedTuple):
@@ -117,7 +123,7 @@ def word_overlap_f1(
     sets = [[set(t.lower().split()) for t in texts] for texts in (a, b)]
     return np.array([[2*len(p & q)/max(1, len(p) + len(q)) for q in sets[1]] for p in sets[0]]).reshape(len(a), len(b))
 
-# %% ../../nbs/58c_train.alignment.ipynb #19372120
+# %% ../../nbs/58c_train.alignment.ipynb #19cec278
 @dataclass(frozen=True)
 class TargetConfig:
     "How documents are turned into targets."
@@ -140,12 +146,14 @@ def summary_similarity(
     words:float=0.25, # share of word overlap
 )->list[np.ndarray]: # (N,) each (R,S): sentences of the summary against those of the document
     "How alike the sentences of summary and document are."
-    out = []
+    device, was_training, out = next(model.parameters()).device, model.training, []
+    model.eval()
     for low in range(0, len(documents), 64):
         sentences, summaries = documents.sentences[low:low + 64], documents.summary[low:low + 64]
-        encode = lambda texts: model.encode_text(tokenizer([t for s in texts for t in s])).cpu().split([len(s) for s in texts])
+        encode = lambda texts: model.encode_text({k: v.to(device) for k, v in tokenizer([t for s in texts for t in s]).items()}).cpu().split([len(s) for s in texts])
         cosines = [(a @ b.mT).numpy() for a, b in zip(encode(summaries), encode(sentences))] if any(summaries) else [np.zeros((0, len(s))) for s in sentences]
         out += [(1 - words)*c + (words*word_overlap_f1(a, b) if words else 0.) for c, a, b in zip(cosines, summaries, sentences)]
+    model.train(was_training)
     return out
 
 def document_targets(
@@ -221,7 +229,7 @@ class AlignmentSet:
         ids = torch.from_numpy(index)
         return Batch(take_images(self.images, np.concatenate(pictures)), texts | dict(target=target), ids, ids)
 
-# %% ../../nbs/58c_train.alignment.ipynb #2681f5bf
+# %% ../../nbs/58c_train.alignment.ipynb #26c2adef
 class AlignmentObjective:
     "Both passes learn the same targets."
     def __init__(self,
@@ -252,7 +260,8 @@ def across_loss(
     b, k = (texts['target'].sum(2) > 0).nonzero(as_tuple=True)
     logits = logit_scale*scores.image_features[texts['image_at'][b,k]] @ scores.text_features.mT
     at = texts['sentence_at'][b]
-    target = torch.zeros_like(logits).scatter_add(1, at.clamp(min=0), texts['target'][b,k]*(at >= 0))
+    wanted = texts['target'][b,k]*(at >= 0)
+    target = torch.zeros(logits.shape, dtype=wanted.dtype, device=wanted.device).scatter_add(1, at.clamp(min=0), wanted)
     return alignment_loss(logits[None], target[None])
 
 # %% ../../nbs/58c_train.alignment.ipynb #30a43a99

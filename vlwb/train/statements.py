@@ -131,7 +131,7 @@ STATEMENT_PRESETS = {p.name: p for p in (
     StatementPreset('nlvr2', TrainConfig(lr=5e-5, vision_lr=5e-6, weight_decay=0.05, checkpoint_every=1000), 256, 15., whole_sentences=False, image_size=384, augment='randaugment'), # METHODS 1.4: arXiv 2305.04474, appendix
     StatementPreset('nlvr2-tiny', TrainConfig(steps=5500, lr=8e-4, checkpoint_every=1000), 64, train_vision=False))}
 
-# %% ../../nbs/58b_train.statements.ipynb #18e82fee
+# %% ../../nbs/58b_train.statements.ipynb #186e9064
 @torch.inference_mode()
 def encode_pictures(
     model:TwoImageModel, # its image encoder is asked
@@ -163,8 +163,9 @@ def train_statements(
     if not len(known): raise DataError(f'{statements.source}: no statement is known to be true or false; train on a labelled split')
     if images is None: images = Pictures(known, preset.transform(model.albef.vision.config.image_size, train=True), preset.train.seed)
     if not preset.train_vision:
-        model.to(pick_device(preset.train.device)).albef.vision.requires_grad_(False)
+        model.to(pick_device(preset.train.device))
         images = encode_pictures(model, images)
+    model.albef.vision.requires_grad_(preset.train_vision)
     data = StatementSet(known, tokenizer, images, preset.whole_sentences, not preset.train_vision, blank)
     items = max(1, round(preset.batch_size * len(data) / len(known)))
     config = preset.train if not preset.epochs else replace(preset.train, steps=max(1, round(preset.epochs * len(known) / preset.batch_size)))
