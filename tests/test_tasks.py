@@ -43,7 +43,7 @@ def test_train_and_eval(runs, name, words):
     assert not list((folder/name).rglob('*.bin')) and not list((folder/name).rglob('*.pt')), 'no pickles'
 
 
-def test_starts_from_a_run_and_ends_as_if_never_stopped(runs, tmp_path):
+def test_starts_from_a_run_and_keeps_its_words(runs, tmp_path):
     start = ['--preset', 'tiny-scenes', '--data', 'scenes:100', '--batch-size', '8', '--scale-steps', '0.01', '--stop-after', 'pretrain']
     assert vlwb('train', *start, '--out', tmp_path/'start').exit_code == 0
     result = vlwb('train', '--preset', 'vqa-tiny', '--start', tmp_path/'start', '--out', tmp_path/'answers', *SMALL)

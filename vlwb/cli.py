@@ -279,6 +279,7 @@ def _train_task(preset, data, out, given, settings):
     from vlwb.tasks import train_task
     if wrong := given - set(_of_tasks): raise ValueError(f'{_option(wrong)} does not go with --preset {preset}, a task: its options are {_option(set(_of_tasks) - {"preset"})}')
     if settings['start'] is None and 'from_scratch' not in given: raise ValueError(f'--preset {preset} starts from a pre-trained model (--start RUN, as vlwb train --preset tiny-scenes --data scenes makes one, or a checkpoint of ALBEF), or from fresh weights (--from-scratch)')
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1: raise ValueError(f'--preset {preset} trains a task, which runs in one process: start it without accelerate launch')
     if settings['start'] is not None and 'from_scratch' in given: raise ValueError('--from-scratch starts from no checkpoint: leave --start out')
     run, found = train_task(preset, data, out, **settings)
     _say_skipped(json.loads((out/'vlwb.json').read_text())['skipped'])

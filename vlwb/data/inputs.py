@@ -328,6 +328,7 @@ class LoadedImages:
         index, # (B,) positions of images
         epoch:int=0, # random crops depend on seed, epoch and image alone
     )->Tensor: # (B,3,H,W)
+        "Decode and transform the images at these positions."
         draws = lambda i: make_generator((self.seed*1_000_003 + epoch*7_919 + i*104_729 + 1) % 2**63) if self.transform.train else None
         if not len(index): return torch.zeros(0, 3, self.transform.size, self.transform.size)
         return torch.stack([self.transform(self.source.load_image(int(i)), draws(int(i))) for i in index])

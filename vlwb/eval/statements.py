@@ -89,6 +89,7 @@ def majority_baseline(
     train:Statements, # labelled
     test:Statements, # to answer
 )->np.ndarray: # (S,) 1. or 0., the more frequent answer of the training statements
+    "One answer to everything. `ValueError` where no truth is known."
     known = train.label[train.label >= 0]
     if not len(known): raise ValueError(f'{train.source}: no statement is known to be true or false')
     return np.full(len(test), float(known.mean() >= 0.5), np.float32)

@@ -143,6 +143,7 @@ class ImageGroups:
         epoch:int, # counts from 0
         rows:np.ndarray|None=None, # positions to deal out; all when None
     )->np.ndarray: # (batches,batch_size) int64 positions of questions
+        "An epoch's batches: questions of an image side by side, groups of them in drawn order."
         generator = make_generator((self.seed*1_000_003 + epoch) % 2**63)
         rows = np.arange(len(self.dataset)) if rows is None else rows
         mixed = rows[torch.randperm(len(rows), generator=generator).numpy()]
