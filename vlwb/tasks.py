@@ -6,8 +6,8 @@
 __all__ = ['TASKS', 'Begun', 'begin', 'task_of', 'read_task', 'scene_size', 'make_task', 'TaskData', 'see', 'words_of', 'TaskRun',
            'changed_task', 'train_task', 'load_task', 'eval_task', 'summarise']
 
-# %% ../nbs/84b_tasks.ipynb #02e58d96
-import json
+# %% ../nbs/84b_tasks.ipynb #02fefc72
+import json, re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -88,7 +88,7 @@ def begin(
     tokenizer.max_length = min(tokenizer.max_length, model.config.max_length)
     return Begun(model.eval(), tokenizer, inputs, _backbone(inputs), known)
 
-# %% ../nbs/84b_tasks.ipynb #07f81e30
+# %% ../nbs/84b_tasks.ipynb #07584b9f
 TASKS = dict(vqa=ANSWERING, nlvr2=STATEMENT_PRESETS, sita=SITA_PRESETS)     # presets of each, by name
 
 def task_of(
@@ -106,11 +106,12 @@ def _role(name):
 def _read_vqa(folder, on_error):
     "The splits of a VQA v2 folder."
     found = {}
-    for path in sorted(folder.glob('*_questions.json')):
+    for path in sorted(folder.glob('*_questions.json'), key=lambda p: ('-dev' in p.name, p.name)):        # test-standard before test-dev, which is a part of it
         split = path.name.removesuffix('_questions.json').rpartition('_')[2]
         notes = [p for p in folder.glob(f'*_{split}_annotations.json')]
         if (role := _role(split)) is None or role in found and not notes: continue
-        pictures = next((p for p in (folder/split, folder/'images'/split, folder/'images') if p.is_dir()), folder)
+        place = re.sub('^test.*', 'test2015', split)
+        pictures = next((p for p in (folder/place, folder/'images'/place, folder/'images') if p.is_dir()), folder)
         found[role] = read_vqa(path, notes[0] if notes else None, pictures, on_error=on_error)
     if not found: raise DataError(f'{folder}: no *_questions.json in it, as VQA v2 has them')
     return found

@@ -470,7 +470,7 @@ def _write_picture(documents, i, path):
         write_atomic(path, out.getvalue())
     return path.name
 
-# %% ../../nbs/19b_data.documents.ipynb #4077058b
+# %% ../../nbs/19b_data.documents.ipynb #400d1fb7
 def _natural(path):
     "Sort key that puts 10 behind 9."
     return [int(p) if p.isdigit() else p.lower() for p in re.split(r'(\d+)', Path(path).name)]
@@ -482,7 +482,7 @@ def _from_markdown(text):
     heading = re.search(r'^#\s+(.+)$', text, re.M)
     text = re.sub(r'^#+\s.*$', '', text, flags=re.M)
     text = re.sub(r'\[([^\]]*)\]\([^)]*\)', r'\1', text)
-    text = re.sub(r'(?<!\n)\n(?!\n)', ' ', re.sub(r'[*_`]{1,3}(\S(?:.*?\S)?)[*_`]{1,3}', r'\1', text))
+    text = re.sub(r'(?<!\n)\n(?!\n)', ' ', re.sub(r'(?<![\w*_`])([*_`]{1,3})(\S(?:.*?\S)?)\1(?![\w*_`])', r'\2', text))
     return heading[1].strip() if heading else '', text, pictures
 
 def _sentences(value, name, where):
@@ -496,8 +496,8 @@ def _document_parts(path):
     if path.suffix.lower() == '.json':
         data = read_json(path)
         if not isinstance(data, dict) or ('sentences' in data) == ('text' in data): raise DataError(f"{path.name}: must be an object with either 'sentences' (a list) or 'text'")
-        names, title = data.get('images', []), data.get('title', '')
-        if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names): raise DataError(f"{path.name}: 'images' must be a list of file names")
+        names, title = data.get('images'), data.get('title', '')
+        if names is not None and (not isinstance(names, list) or not all(isinstance(n, str) and n for n in names)): raise DataError(f"{path.name}: 'images' must be a list of file names")
         if not isinstance(title, str): raise DataError(f"{path.name}: 'title' must be text")
         key = 'sentences' if 'sentences' in data else 'text'
         return title, _sentences(data[key], key, path.name), _sentences(data.get('summary', []), 'summary', path.name), names

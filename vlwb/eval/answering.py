@@ -7,7 +7,7 @@ __all__ = ['vqa_accuracy', 'answer_questions', 'accuracy_by_kind', 'majority_acc
            'read_results', 'AnswerSpec', 'answer_spec', 'Features', 'question_sets', 'sets_of', 'answers_folder',
            'named_scenes', 'seeing_limit', 'run_answering', 'answering_results']
 
-# %% ../../nbs/67_eval.answering.ipynb #0239e1d5
+# %% ../../nbs/67_eval.answering.ipynb #022b8c46
 import json, shutil, time
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 from ..core import DataError, cache_folder, config_hash, write_atomic
 from ..data.pairs import read_json
-from ..data.questions import QUESTION_KINDS, Questions, answer_vocabulary, blind_accuracy, judged_answers, make_questions, normalise_answer, scene_answers
+from ..data.questions import QUESTION_KINDS, Questions, answer_vocabulary, blind_answers, judged_answers, make_questions, normalise_answer, scene_answers
 from ..data.world import SceneConfig, Scenes, make_scenes
 from .downstream import pretrained_spec, start_from
 from .staged import StagedSpec
@@ -69,7 +69,7 @@ def answer_questions(
         index[part], scores[part] = ranked.index[:,:top].cpu().numpy(), ranked.log_likelihood[:,:top].float().cpu().numpy()
     return index, scores
 
-# %% ../../nbs/67_eval.answering.ipynb #117c8e7d
+# %% ../../nbs/67_eval.answering.ipynb #11fc0b45
 def accuracy_by_kind(
     questions:Questions, # labelled
     predictions:list[str], # one for each question
@@ -103,7 +103,7 @@ def answering_figures(
     best, known = [vocabulary[i] for i in index[:,0]], set(vocabulary)
     reach = [max((vqa_accuracy(a, answers) for a in {normalise_answer(x) for x in answers} & known), default=0.) for answers in questions.answers]
     out = dict(model=accuracy_by_kind(questions, best), questions={str(k): int(n) for k, n in zip(*np.unique(questions.kind, return_counts=True))}, reachable=100 * float(np.mean(reach)))
-    return out if train is None else out | dict(blind=blind_accuracy(train, questions), majority=majority_accuracy(train, questions))
+    return out if train is None else out | dict(blind=accuracy_by_kind(questions, blind_answers(train, questions)), majority=majority_accuracy(train, questions))
 
 # %% ../../nbs/67_eval.answering.ipynb #16b496b1
 def write_results(

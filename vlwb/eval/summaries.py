@@ -202,7 +202,7 @@ SITA_PRESETS = {p.name: p for p in (
     SitaPreset('sita', ALIGNMENT_PRESETS['msmo'], SUMMARY_PRESETS['sita']),
     SitaPreset('sita-tiny', ALIGNMENT_PRESETS['tiny-documents'], SUMMARY_PRESETS['sita-tiny']))}
 
-# %% ../../nbs/67b_eval.summaries.ipynb #2080c2f3
+# %% ../../nbs/67b_eval.summaries.ipynb #20892488
 @dataclass
 class Sita:
     "A trained SITA: what it knows, and how it writes."
@@ -222,6 +222,7 @@ class Sita:
     )->Path: # with retriever/, aligner/, summariser/, tokenizer/, writer/ where there is one, and sita.json
         "Write everything; the record last, so that a folder with it is whole."
         folder = Path(folder)
+        (folder/'sita.json').unlink(missing_ok=True)
         for name in ('retriever', 'aligner', 'summariser'): getattr(self, name).save_pretrained(folder/name)
         for name, tokenizer in (('tokenizer', self.tokenizer), ('writer', self.writer)):
             if tokenizer is not None: (folder/name).mkdir(exist_ok=True); tokenizer.save(folder/name)

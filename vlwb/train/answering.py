@@ -121,7 +121,7 @@ ANSWERING = {'vqa': AnsweringConfig(TrainConfig(lr=2e-5, vision_lr=5e-6, weight_
              'vqa-tiny': AnsweringConfig(TrainConfig(steps=6000, lr=1e-3, warmup=100, checkpoint_every=500, evaluate_every=500), 128, per_image=4, depth=0, places=1.,
                                      lessons=((('colour', 'shape'), 0.05), (('existence', 'count', 'colour', 'shape'), 0.15)), min_count=1, candidates=4)}
 
-# %% ../../nbs/58a_train.answering.ipynb #18b313fe
+# %% ../../nbs/58a_train.answering.ipynb #181cc530
 class ImageGroups:
     "Batches of questions of which a few each are about one image; batch k is a pure function of (set, batch_size, per_image, seed, lessons, k)."
     def __init__(self,
@@ -146,9 +146,9 @@ class ImageGroups:
         "An epoch's batches: questions of an image side by side, groups of them in drawn order."
         generator = make_generator((self.seed*1_000_003 + epoch) % 2**63)
         rows = np.arange(len(self.dataset)) if rows is None else rows
-        mixed = rows[torch.randperm(len(rows), generator=generator).numpy()]
+        mixed = rows[torch.randperm(len(rows), generator=generator).numpy()][:len(rows)//self.per_image*self.per_image]   # what is left over is another rest each epoch
         near = mixed[np.argsort(self.dataset.caption_image[mixed], kind='stable')]                   # questions of an image side by side, in drawn order
-        runs = near[:len(near)//self.per_image*self.per_image].reshape(-1, self.per_image)
+        runs = near.reshape(-1, self.per_image)
         runs = runs[torch.randperm(len(runs), generator=generator).numpy()].reshape(-1)
         return runs[:len(runs)//self.batch_size*self.batch_size].reshape(-1, self.batch_size)
 
