@@ -148,7 +148,7 @@ class AnswerSpec:
     judged_scenes:int=2_000 # of val and of test
     judged:int=1_000 # questions of each kind on them
     seed:int=0 # of scenes and questions
-    version:int=1 # raised when the code changes what a description means
+    version:int=2 # raised when the code changes what a description means
 
     @property
     def world(self)->SceneConfig: # of the scenes that are asked about
@@ -192,7 +192,7 @@ def question_sets(
     "Questions about scenes of the three splits."
     out, eyes = {}, get_backbone(backbone)
     for split, n in dict(train=scenes, val=judged_scenes, test=judged_scenes).items():
-        s = make_scenes(n, seed=seed + 900_000, config=world, split=split)
+        s = make_scenes(n, seed=seed + 930_000, config=world, split=split)
         numbers = {k: judged if split != 'train' else relations if k == 'relation' else questions for k in QUESTION_KINDS}
         out[split] = make_questions(s, seed=seed, kinds=numbers), Features(eyes.encode(scene_pixels(s, eyes.image_size))), s
     return out
@@ -242,18 +242,18 @@ def _start(spec, train) -> tuple:
 def run_answering(
     spec:AnswerSpec, # a run
     progress:bool=False, # show the bars
-)->dict: # 'figures' as `answering_figures` gives them, on test; 'log' with the curve on val; 'seconds' of training, judging left out; 'cpu_seconds'
+)->dict: # 'figures' as `answering_figures` gives them, on test; 'log' with the curve on val; 'seconds' of training; 'cpu_seconds' of training and its looks at val, None for a run that was cut and went on
     "Train and judge, or read what was kept; training that was cut goes on."
     folder = answers_folder(spec)
     if (folder/'result.json').exists(): return json.loads((folder/'result.json').read_text())
     (train, pictures, _), (val, val_pictures, _), (test, test_pictures, _) = sets_of(spec).values()
     model, tokenizer = _start(spec, train)
-    vocabulary, some, began = answer_vocabulary(train, 1), val[np.random.default_rng(0).permutation(len(val))[:1000]], time.process_time()
+    vocabulary, some, began, cut = answer_vocabulary(train, 1), val[np.random.default_rng(0).permutation(len(val))[:1000]], time.process_time(), any(folder.glob('checkpoint-*'))
     watch = lambda m: dict(val=accuracy_by_kind(some, [vocabulary[i] for i in answer_questions(m, tokenizer, some, val_pictures, vocabulary, 4, progress=False)[0][:,0]]))
     learned = Questions(train.text, np.random.default_rng(spec.seed).permutation(train.image), train.answers, train.kind, train.question_ids, train.image_ids) if spec.scrambled else train
     model, log = train_answering(model, tokenizer, learned, pictures, spec.config, folder, watch, progress=progress)
-    spent = time.process_time() - began
-    result = dict(figures=answering_figures(model, tokenizer, test, test_pictures, vocabulary, train, spec.config.candidates, progress=progress), log=log, seconds=log[-1]['seconds'], cpu_seconds=round(spent, 1))
+    spent = None if cut else round(time.process_time() - began, 1)
+    result = dict(figures=answering_figures(model, tokenizer, test, test_pictures, vocabulary, train, spec.config.candidates, progress=progress), log=log, seconds=log[-1]['seconds'], cpu_seconds=spent)
     model.save_pretrained(folder/'model'); tokenizer.save(folder/'model')
     write_atomic(folder/'result.json', json.dumps(result))
     for leftover in folder.glob('checkpoint-*'): shutil.rmtree(leftover)
