@@ -264,7 +264,7 @@ def across_loss(
     target = torch.zeros(logits.shape, dtype=wanted.dtype, device=wanted.device).scatter_add(1, at.clamp(min=0), wanted)
     return alignment_loss(logits[None], target[None])
 
-# %% ../../nbs/58c_train.alignment.ipynb #30a43a99
+# %% ../../nbs/58c_train.alignment.ipynb #30f76eb0
 @dataclass(frozen=True)
 class AlignmentPreset:
     "Everything that decides a training run."
@@ -312,6 +312,7 @@ def train_alignment(
     folder:str|Path|None=None, # a folder for each round below it, and the finished model; a run found here goes on
     evaluate:Callable|None=None, # model -> dict of numbers, as `preset.train.evaluate_every` says
     progress:bool=True, # show the bars
+    identity:dict|None=None, # JSON-able: what else makes this run this run
 )->TrainedAlignment: # the model and what it learned from
     "Reference captions, targets, both passes; once or in rounds. `ValueError` where no document has a summary."
     if not any(documents.summary): raise ValueError('none of these documents has a gold summary: there is nothing to learn from')
@@ -325,8 +326,8 @@ def train_alignment(
         targets = document_targets(similarity, references, preset.targets, found)
         learned = AlignmentSet(documents, images, tokenizer, targets)
         batches = Batches(learned, min(preset.batch_size, len(learned)), config.seed + 7_919*k)
-        identity = dict(preset=asdict(preset), documents=config_hash(documents.document_ids, documents.sentences), round=k)
-        log = train(model, batches, objective, config, None if folder is None else Path(folder)/f'round-{k}', evaluate, f'alignment {k + 1}/{preset.rounds}', progress, identity=identity)
+        about = dict(preset=asdict(preset), documents=config_hash(documents.document_ids, documents.sentences, documents.summary, [i.tolist() for i in documents.image]), round=k) | (identity or {})
+        log = train(model, batches, objective, config, None if folder is None else Path(folder)/f'round-{k}', evaluate, f'alignment {k + 1}/{preset.rounds}', progress, identity=about)
         model.eval()
         for column, value in zip(out[1:], (log, references, targets)): column.append(value)
     if folder is not None: model.save_pretrained(Path(folder)/'model')
