@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['vqa_accuracy', 'answer_questions', 'accuracy_by_kind', 'majority_accuracy', 'answering_figures', 'write_results',
-           'read_results', 'AnswerSpec', 'answer_spec', 'Features', 'question_sets', 'sets_of', 'answers_folder',
-           'seeing_limit', 'run_answering', 'answering_results']
+           'read_results', 'AnswerSpec', 'answer_spec', 'question_sets', 'sets_of', 'answers_folder', 'seeing_limit',
+           'run_answering', 'answering_results']
 
 # %% ../../nbs/67_eval.answering.ipynb #02e4c404
 import json, shutil, time
@@ -13,12 +13,12 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 from ..core import DataError, cache_folder, config_hash, write_atomic
+from ..data.inputs import TensorImages
 from ..data.pairs import read_json
 from ..data.questions import QUESTION_KINDS, Questions, answer_vocabulary, blind_answers, judged_answers, make_questions, normalise_answer, scene_answers
 from ..data.world import SceneConfig, Scenes, make_scenes
@@ -171,13 +171,6 @@ def answer_spec(
     return AnswerSpec(start, method == 'fresh', scrambled, config, seed=seed, **small)
 
 # %% ../../nbs/67_eval.answering.ipynb #212cb723
-class Features(NamedTuple):
-    "Backbone features of scenes, with the call that sets of images have."
-    features:Tensor # (N,D)
-
-    def images_at(self, index)->Tensor: # (B,D)
-        return self.features[torch.as_tensor(index)]
-
 @lru_cache(maxsize=2)
 def question_sets(
     world:SceneConfig, # which shapes, colours, objects
@@ -188,18 +181,18 @@ def question_sets(
     judged_scenes:int, # of val and of test
     judged:int, # of each kind, on val and test
     seed:int, # of all of it
-)->dict[str,tuple[Questions,Features,Scenes]]: # 'train', 'val', 'test'
+)->dict[str,tuple[Questions,TensorImages,Scenes]]: # 'train', 'val', 'test'
     "Questions about scenes of the three splits."
     out, eyes = {}, get_backbone(backbone)
     for split, n in dict(train=scenes, val=judged_scenes, test=judged_scenes).items():
         s = make_scenes(n, seed=seed + 930_000, config=world, split=split)            # other scenes than those on which the recipe was tried
         numbers = {k: judged if split != 'train' else relations if k == 'relation' else questions for k in QUESTION_KINDS}
-        out[split] = make_questions(s, seed=seed, kinds=numbers), Features(eyes.encode(scene_pixels(s, eyes.image_size))), s
+        out[split] = make_questions(s, seed=seed, kinds=numbers), TensorImages(eyes.encode(scene_pixels(s, eyes.image_size))), s
     return out
 
 def sets_of(
     spec:AnswerSpec, # a run
-)->dict[str,tuple[Questions,Features,Scenes]]: # 'train', 'val', 'test'
+)->dict[str,tuple[Questions,TensorImages,Scenes]]: # 'train', 'val', 'test'
     "What a run learns from and is judged on."
     return question_sets(spec.world, spec.backbone, spec.scenes, spec.questions, spec.relations, spec.judged_scenes, spec.judged, spec.seed)
 

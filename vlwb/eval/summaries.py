@@ -336,7 +336,7 @@ def summarise_document(
     return DocumentResult(document.sentences[0], pictures, aligned.coarse, aligned.fine, aligned.sentence, plain, said, np.where(np.isfinite(scores), scores, np.nan), choose_picture(scores), words, looked,
                           document.summary[0] or None, reference if reference.any() else None, truth if (truth >= 0).any() else None, document.title[0])
 
-# %% ../../nbs/67b_eval.summaries.ipynb #2823e969
+# %% ../../nbs/67b_eval.summaries.ipynb #28b70973
 @dataclass(frozen=True)
 class SummarySpec:
     "Everything that decides a result."
@@ -368,21 +368,26 @@ def summary_spec(
 def summary_folder(spec:SummarySpec): # where its model and result are kept
     return cache_folder('tasks', 'summaries', run_name(spec))
 
-def _warm(spec, tokenizer, train):
-    "The summariser after short documents, of which a seed has one; the seconds it took."
+def _short_folder(spec):
+    "Where the summariser after short documents is kept: runs that differ in the captions alone share it."
     p, a = spec.preset, spec.alignment
-    about = [asdict(x) for x in (p.model, p.short, a.config)] + [p.short_batch, p.extra, p.extract_weight, p.smoothing, a.train, a.seed, config_hash(tokenizer.words), spec.version]
-    place = cache_folder('tasks', 'short', config_hash(about))
+    return cache_folder('tasks', 'short', config_hash(p.model, p.short, a.config, a.start.world, p.short_batch, p.extra, p.extract_weight, p.smoothing, a.train, a.seed, spec.version))
+
+def _warm(spec, tokenizer, train):
+    "The summariser after short documents, or a fresh one where the preset has no such stage; the seconds it took."
+    p = spec.preset
+    torch.manual_seed(p.train.seed)
+    if p.short is None: return fresh_summariser(p, tokenizer), 0.
+    place = _short_folder(spec)
     if not (place/'seconds.json').exists():
         began = time.process_time()
-        torch.manual_seed(p.short.seed)
         model = fresh_summariser(p, tokenizer)
         train_short(model, tokenizer, train, p, place, progress=False)
         model.save_pretrained(place/'model')
         write_atomic(place/'seconds.json', json.dumps(time.process_time() - began))
     return Summariser.from_pretrained(place/'model'), json.loads((place/'seconds.json').read_text())
 
-# %% ../../nbs/67b_eval.summaries.ipynb #29af754b
+# %% ../../nbs/67b_eval.summaries.ipynb #29a2b0e2
 @lru_cache(maxsize=2)
 def _world(spec):
     "Documents, start, features, what the alignment says of both sets, and what the retriever reads: the same for every source of a seed."
@@ -428,10 +433,10 @@ def run_summaries(
     specs:list[SummarySpec], # in any order, repeats allowed
     processes:int|None=None, # as `eval.study.map_specs` takes it
 )->list[dict]: # results in the order of specs
-    "Many of them side by side; what is kept is read. Alignments come first, then a run of each seed, whose stage on short documents the others share."
+    "Many of them side by side; what is kept is read. Alignments come first, then one run for each stage on short documents, which the others share."
     missing = sorted((s for s in set(specs) if not (summary_folder(s)/'result.json').exists()), key=lambda s: (s.alignment.seed, str(s)))
     run_alignments([s.alignment for s in missing], processes)
-    run_missing(run_summary, list({s.alignment.seed: s for s in missing}.values()), summary_folder, processes, 'first of each seed')
+    run_missing(run_summary, list({_short_folder(s): s for s in missing if s.preset.short}.values()), summary_folder, processes, 'first summaries')
     return run_missing(run_summary, specs, summary_folder, processes, 'summaries')
 
 def load_sita(

@@ -40,10 +40,11 @@ def grid_features(
 def take_images(
     images, # (I,...) tensor, or anything with images_at
     index, # (B,) positions
+    epoch:int=0, # of random crops, where the set draws them
 )->Tensor: # (B,...)
     "Pictures by position, from memory or from a set that decodes them."
     index = torch.as_tensor(np.asarray(index, np.int64))
-    return images.images_at(index) if hasattr(images, 'images_at') else images[index]
+    return images.images_at(index, epoch) if hasattr(images, 'images_at') else images[index]
 
 class _DocumentImages:
     "Pictures of each document, taken when they are asked for: those of a large set do not fit into memory."
@@ -217,7 +218,7 @@ class AlignmentSet:
 
     def batch(self,
         index, # (B,) positions in `rows`
-        epoch:int=0, # unused
+        epoch:int=0, # of random crops
     )->Batch: # their pictures and sentences, and 'target' (B,K,S) among the texts
         "Those documents."
         index = self.rows[np.asarray(index, np.int64)]
@@ -227,7 +228,7 @@ class AlignmentSet:
         target = torch.zeros(len(index), texts['image_at'].shape[1], texts['sentence_at'].shape[1])
         for d, t in enumerate(pick(self.targets)): target[d,:t.shape[0],:t.shape[1]] = torch.from_numpy(t)
         ids = torch.from_numpy(index)
-        return Batch(take_images(self.images, np.concatenate(pictures)), texts | dict(target=target), ids, ids)
+        return Batch(take_images(self.images, np.concatenate(pictures), epoch), texts | dict(target=target), ids, ids)
 
 # %% ../../nbs/58c_train.alignment.ipynb #26c2adef
 class AlignmentObjective:

@@ -27,7 +27,7 @@ class QuestionSet:
     def __init__(self,
         questions:Questions, # labelled
         tokenizer:Callable[[list[str]],dict[str,Tensor]], # texts -> int64 (B,T) tensors
-        images=None, # has images_at(positions) -> tensor; None takes the set's own images
+        images=None, # has images_at(positions, epoch) -> tensor; None takes the set's own images
         transform:ImageTransform|None=None, # PIL -> (3,H,W), for the set's own images
         weights:str='share', # of the answers: 'share' of the annotators or 'soft' scores
         vocabulary:list[str]|None=None, # train on these answers alone; on all when None
@@ -54,7 +54,7 @@ class QuestionSet:
         image, # (N,) positions of images
         epoch:int=0, # of random crops
     )->Tensor: # (N,...)
-        return self.images.images_at(image, epoch) if isinstance(self.images, LoadedImages) else self.images.images_at(image)
+        return self.images.images_at(image, epoch)
 
     def batch(self,
         index, # (B,) positions of questions
@@ -172,7 +172,7 @@ def train_answering(
     model:AlbefModel|AnswerModel, # pre-trained or fresh; an `AnswerModel` is trained in place
     tokenizer, # texts -> input_ids and attention_mask
     questions:Questions, # labelled
-    images=None, # has images_at(positions) -> tensor; None takes the set's own images through an ImageTransform
+    images=None, # has images_at(positions, epoch) -> tensor; None takes the set's own images through an ImageTransform
     config:AnsweringConfig=ANSWERING['vqa-tiny'], # settings
     folder:str|Path|None=None, # log and checkpoints; a run found here goes on
     evaluate:Callable[[nn.Module],dict]|None=None, # model -> dict of numbers, logged

@@ -49,7 +49,7 @@ class StatementSet:
     def __init__(self,
         statements:Statements, # S statements
         tokenizer:Callable[[list[str]],dict[str,Tensor]], # texts -> int64 (B,T) tensors
-        images, # (N,...) pictures or states, or an object with images_at
+        images, # (N,...) pictures or states, or an object with images_at(positions, epoch)
         whole_sentences:bool=True, # an item is a sentence with all its statements
         states:bool=False, # `images` are states of the image encoder, (N,P,Wv)
         blank:bool=False, # pictures of zeros in place of all
@@ -68,8 +68,7 @@ class StatementSet:
     def __len__(self): return len(self.items)
 
     def _pictures(self, index, epoch):
-        if isinstance(self.images, Tensor): x = self.images[torch.from_numpy(index)]
-        else: x = self.images.images_at(index, epoch) if isinstance(self.images, LoadedImages) else self.images.images_at(index)
+        x = self.images[torch.from_numpy(index)] if isinstance(self.images, Tensor) else self.images.images_at(index, epoch)
         return torch.zeros_like(x) if self.blank else x
 
     def rows(self,
