@@ -36,7 +36,7 @@ def vqa_accuracy(
 )->float: # in [0,1]
     "Official accuracy of one answer: the mean over all sets that leave one annotator out. `ValueError` where there is nobody to agree with."
     if not answers: raise ValueError('no answers to judge by: this question is not labelled')
-    said, given = normalise_answer(prediction), judged_answers(tuple(a.replace('\n', ' ').replace('\t', ' ').strip() for a in answers))
+    said, given = normalise_answer(prediction), judged_answers(answers)
     if len(given) == 1: return float(said == normalise_answer(given[0]))
     agree = np.array([a == said for a in given])
     return float(np.minimum(1., (agree.sum() - agree) / 3).mean())
