@@ -216,7 +216,7 @@ def words_of(
     if task == 'sita': return part.texts
     return part.text + ([a for answers in part.answers for a in answers] if task == 'vqa' else [])
 
-# %% ../nbs/84b_tasks.ipynb #12f529b7
+# %% ../nbs/84b_tasks.ipynb #12957c61
 def content_of(
     task:str, # of TASKS
     part, # Questions, Statements or Documents
@@ -258,8 +258,13 @@ def _learned_images(begun, data, config):
 
 def _train_vqa(begun, data, config, out, identity, progress):
     train = data.parts['train']
-    write_atomic(out/'vocabulary.json', json.dumps(answer_vocabulary(train, config.min_count), ensure_ascii=False, indent=0))        # before training: a set without one is not worth hours, and a folder with a model is whole
+    write_atomic(out/'vocabulary.json', json.dumps(_closed(train, config), ensure_ascii=False, indent=0))       # before training: a set without one is not worth hours, and a folder with a model is whole
     return train_answering(begun.model, begun.tokenizer, train, _learned_images(begun, data, config), config, out, identity=identity, progress=progress)[0]
+
+def _closed(train, config):
+    "The answers to choose from."
+    if not train.labelled: raise DataError(f'{train.source}: questions without answers cannot be learned from; its annotations are missing')
+    return answer_vocabulary(train, config.min_count)
 
 def _train_nlvr2(begun, data, config, out, identity, progress):
     train = data.parts['train']
@@ -430,14 +435,14 @@ def _shared(parts):
     both = {role: learned & set(part.image_ids) for role, part in parts.items() if role != 'train'}
     return [f'train: {len(x)} of its images are also in {role}, the first: {min(x, key=str)}; leave them out of one' for role, x in both.items() if x]
 
-# %% ../nbs/84b_tasks.ipynb #19e98053
+# %% ../nbs/84b_tasks.ipynb #1995dc57
 def _filled(name, batch_size, there, what):
     "A message where a batch cannot be filled."
     return [] if there >= batch_size else [f'{name}: a batch of {batch_size} cannot be filled from {there} {what}; lower the batch size (--batch-size)']
 
 def _vqa_stages(begun, data, config, device, loading):
     train, images = data.parts['train'], _learned_images(begun, data, config)
-    answer_vocabulary(train, config.min_count)                                     # says what is wrong
+    _closed(train, config)                                                         # says what is wrong
     learned = QuestionSet(train, begun.tokenizer, images, None, config.weights, seed=config.train.seed)
     model = AnswerModel.from_albef(at_image_size(begun.model, config.image_size), config.decoder_layers, config.depth, config.places).to(device).train()
     there = min(config.batch_size, len(learned)//config.per_image*config.per_image)
