@@ -205,7 +205,7 @@ def train(
     typer.echo(f"Trained {done.log[-1]['step']} steps, last loss {done.log[-1]['loss']:.3f}. Model, log and checkpoint are in {out}.")
     typer.echo(f'Next: vlwb eval {out} {_repeat(pairs, images, format, split, skip_bad)}   (better: on a split or a file that it was not trained on)')
 
-# %% ../nbs/85_cli.ipynb #1648012d
+# %% ../nbs/85_cli.ipynb #16d50d7b
 _of_presets = 'data', 'dry_run', 'from_scratch', 'stop_after', 'scale_steps', 'regions', 'region_labels', 'region_order', 'max_regions', 'start'
 _synthesised = 'synthetic_weight', 'hardest', 'strata', 'hardness_temperature', 'gate', 'damp', 'detach', 'mixed', 'with_anchor', 'each', 'intra_weight', 'regulated'
 _mined = 'mined', 'mined_every', 'miner'                                        # of pairs alone
@@ -257,7 +257,9 @@ def _train_preset(name, data, out, chosen, dry_run, stop_after, source):
     if (loss := chosen['contrast'].get('name', losses[0])) not in losses: raise ValueError(f"a preset's --loss is one of {', '.join(losses)}, got {loss!r}")
     if losses is _oscar and 'queue_size' in chosen['contrast'] and loss not in _oscar[:3]: raise ValueError(f'--queue-size of an OSCAR goes with --loss {", ".join(_oscar[:3])}, got {loss!r}')
     preset = changed(PRESETS[name], **chosen)
-    if dry_run: return _show_rehearsal(rehearse_preset, prepare(preset, data, rehearsal=True, **source))
+    if dry_run:
+        ready = prepare(preset, data, rehearsal=True, **source)
+        return _show_rehearsal(rehearse_preset(ready, _say), ready.notes, ready.skipped)
     team = join_team(next(iter(preset.stages.values())).train.device)
     ready = in_turn(team, lambda: prepare(preset, data, folder=out, **source))      # one makes the backbone or the regions, the others find them
     if team is None or team.leads:
@@ -272,15 +274,16 @@ def _train_preset(name, data, out, chosen, dry_run, stop_after, source):
     world = data.split(':')[0] == 'scenes'
     typer.echo(f'Next: vlwb eval {out} {"scenes" if world else data}' + (' --split test' if found.get('split') == 'test' and not world else '') + ' --rerank 16')
 
-_tasks, _of_tasks = ('vqa', 'nlvr2', 'sita'), ('preset', 'data', 'out', 'start', 'text', 'scale_steps', 'batch_size', 'seed', 'device', 'checkpoint_every', 'skip_bad', 'from_scratch')
+_tasks, _of_tasks = ('vqa', 'nlvr2', 'sita'), ('preset', 'data', 'out', 'start', 'text', 'scale_steps', 'batch_size', 'seed', 'device', 'checkpoint_every', 'skip_bad', 'from_scratch', 'dry_run')
 
 def _train_task(preset, data, out, given, settings):
-    "Train questions, statements or summaries, and show how well it does."
-    from vlwb.tasks import train_task
+    "Train questions, statements or summaries, and show how well it does; or rehearse it."
+    from vlwb.tasks import rehearse_task, train_task
     if wrong := given - set(_of_tasks): raise ValueError(f'{_option(wrong)} does not go with --preset {preset}, a task: its options are {_option(set(_of_tasks) - {"preset"})}')
-    if settings['start'] is None and 'from_scratch' not in given: raise ValueError(f'--preset {preset} starts from a pre-trained model (--start RUN, as vlwb train --preset tiny-scenes --data scenes makes one, or a checkpoint of ALBEF), or from fresh weights (--from-scratch)')
+    if settings['start'] is None and not given & {'from_scratch', 'dry_run'}: raise ValueError(f'--preset {preset} starts from a pre-trained model (--start RUN, as vlwb train --preset tiny-scenes --data scenes makes one, or a checkpoint of ALBEF), or from fresh weights (--from-scratch)')
     if int(os.environ.get('WORLD_SIZE', 1)) > 1: raise ValueError(f'--preset {preset} trains a task, which runs in one process: start it without accelerate launch')
     if settings['start'] is not None and 'from_scratch' in given: raise ValueError('--from-scratch starts from no checkpoint: leave --start out')
+    if 'dry_run' in given: return _show_rehearsal(*rehearse_task(preset, data, **{k: v for k, v in settings.items() if k != 'checkpoint_every'}, from_scratch='from_scratch' in given, say=_say))
     run, found = train_task(preset, data, out, **settings)
     _say_skipped(json.loads((out/'vlwb.json').read_text())['skipped'])
     if found: _show_task(found)
@@ -302,9 +305,10 @@ def _figure_rows(found):
 
 _sides = {'i2t': 'image to text', 't2i': 'text to image'}
 
-# %% ../nbs/85_cli.ipynb #1793a4c7
+# %% ../nbs/85_cli.ipynb #17b2de4b
 def _amount(seconds):
     "A time in the unit that fits it."
+    if seconds < 0.001: return 'under 1 ms'
     for unit, size in (('days', 86_400), ('h', 3600), ('min', 60)):
         if seconds >= 2*size: return f'{seconds/size:.1f} {unit}'
     return f'{seconds:.2g} s'
@@ -313,26 +317,31 @@ def _size(count):
     "Bytes in the unit that fits them."
     return f'{count/2**30:.2f} GB' if count >= 2**29 else f'{count/2**20:.1f} MB'
 
-def _show_rehearsal(rehearse_preset, ready):
+def _say(text): typer.echo(f'looking at {text}', err=True)
+
+_counted = 'questions', 'statements', 'documents', 'labelled', 'sentences', 'images', 'captions', 'repeated'
+
+def _show_rehearsal(r, notes, skipped):
     "The tables of a dry run; exit code 1 where something does not work or does not fit."
-    r = rehearse_preset(ready, lambda text: typer.echo(f'looking at {text}', err=True))
-    for note in ready.notes: typer.echo(f'Note: {note}.')
-    _say_skipped(ready.skipped)
-    print_table([{'set': d['set'], 'images': f"{d['images']:,}", 'captions': f"{d['captions']:,}", 'repeated': f"{d['repeated']:,}", 'tokens, median': str(d['tokens']), 'longest': str(d['longest']),
-                  'cut': f"{d['cut']:.1%}", 'to read one': _amount(d['seconds_an_image'])} for d in r.data], 'Data')
+    for note in notes: typer.echo(f'Note: {note}.')
+    _say_skipped(skipped)
+    counts = [{'set': d['set'], **{k: f'{d[k]:,}' for k in _counted if k in d}} for d in r.data]
+    lengths = [{'tokens, median': str(d['tokens']), 'longest': str(d['longest']), 'cut': f"{d['cut']:.1%}", 'to read one': _amount(d['seconds_an_image'])} for d in r.data]
+    if r.data and 'labelled' in r.data[0]: print_table(counts, 'Data'); print_table([{'set': d['set'], **row} for d, row in zip(r.data, lengths)], 'Texts and images')      # side by side they are too wide
+    elif r.data: print_table([a | b for a, b in zip(counts, lengths)], 'Data')
     if r.stages:
         print_table([{'part': k, 'parameters': f'{v:,}'} for k, v in (r.parameters | {'all': sum(r.parameters.values())}).items()], 'Parameters')
         kinds = {k: [s['memory'][k] for s in r.stages] for k in r.stages[0]['memory']} | dict(all=[s['total'] for s in r.stages])
         print_table([{'memory': k.replace('_', ' '), **{s['stage']: _size(x) for s, x in zip(r.stages, v)}} for k, v in kinds.items()], f'Memory of one process, an estimate; {_size(r.available)} are available')
         print_table([{'stage': s['stage'], 'batch': str(s['batch']), 'steps': f"{s['steps']:,}", 'a step': _amount(s['seconds_a_step']), 'the stage': _amount(s['seconds']),
-                      'pairs measured': ' and '.join(map(str, s['measured_on'])), 'first loss': f"{s['loss']:.3f}"} for s in r.stages], 'Time on this machine, extrapolated from a few pairs: an estimate')
+                      'measured on': ' and '.join(map(str, s['measured_on'])), 'first loss': f"{s['loss']:.3f}"} for s in r.stages], 'Time on this machine, from a few pairs or items of a batch: an estimate')
         typer.echo(f"All stages together: about {_amount(sum(s['seconds'] for s in r.stages))}.")
     if hasattr(os, 'getloadavg') and os.getloadavg()[0] > 1.5 * (os.cpu_count() or 1): typer.echo('Note: the machine is busy with other work; alone it will be faster.', err=True)
     for problem in r.problems: typer.secho(f'Problem: {problem}', fg='red')
     typer.echo('Nothing was trained and nothing written.' + ('' if r.problems else ' Everything fits.'))
     if r.problems: raise typer.Exit(1)
 
-# %% ../nbs/85_cli.ipynb #188cc0fe
+# %% ../nbs/85_cli.ipynb #18c0f95b
 @app.command('eval', epilog='Example:  vlwb eval run dataset_coco.json --images coco --split test --relevance eccv --json')
 def evaluate(
     model:Annotated[Path, typer.Argument(metavar='MODEL', help='Folder written by vlwb train; of a preset the run, or one of its stages.')],
@@ -345,11 +354,12 @@ def evaluate(
     rerank:Annotated[int, typer.Option(min=0, help='Re-rank the first so many candidates by the matching head of a model trained with --preset; 0: not.')]=0,
     regions:Annotated[Optional[Path], typer.Option(help="Regions of the images, for an OSCAR that was trained on a detector's: a store, a .tsv, a .pt or a folder; by itself those beside the run.")]=None,
     region_labels:Annotated[Optional[Path], typer.Option(help='Object tags of these regions, where they are in a file of their own (.tsv or .pt).')]=None,
+    device:Annotated[Optional[str], typer.Option(help='Of a task: where it is judged: auto (its own), cpu, cuda, ...')]=None,
 ):
     "Judge a trained model: strict recall, and every known match counted."
     from vlwb.workflows import eval_pairs
-    if _is_task(model): return _eval_task(model, pairs, split, answers, dict(images=images, relevance=relevance, rerank=rerank or None, regions=regions, region_labels=region_labels), as_json, skip_bad)
-    if answers: raise ValueError(f'--answers is for a run of --preset vqa, {model} is none')
+    if _is_task(model): return _eval_task(model, pairs, split, answers, dict(images=images, relevance=relevance, rerank=rerank or None, regions=regions, region_labels=region_labels), as_json, skip_bad, device or 'auto')
+    if wrong := {k for k, v in dict(answers=answers, device=device).items() if v}: raise ValueError(f'{_option(wrong)} is for a run of a task (--preset vqa, nlvr2 or sita), {model} is none')
     out = eval_pairs(model, pairs, images, format, split, tuple(relevance or ()), 'skip' if skip_bad else 'raise', progress=not as_json, rerank=rerank, regions=regions, labels=region_labels)
     if as_json: return typer.echo(json.dumps(out))
     _say_skipped(out['skipped'])
@@ -362,11 +372,11 @@ def _is_task(model):
     "Whether a folder holds a trained task; light, as it is asked for every model."
     return (model/'vlwb.json').exists() and 'task' in json.loads((model/'vlwb.json').read_text())
 
-def _eval_task(model, source, split, answers, unused, as_json, skip_bad):
+def _eval_task(model, source, split, answers, unused, as_json, skip_bad, device):
     "Judge a task's run, or write its answers."
     from vlwb.tasks import eval_task
     if wrong := {k for k, v in unused.items() if v}: raise ValueError(f'{_option(wrong)} does not go with {model}, a run of a task')
-    out = eval_task(model, source, split, answers, 'skip' if skip_bad else 'raise', progress=not as_json)
+    out = eval_task(model, source, split, answers, 'skip' if skip_bad else 'raise', progress=not as_json, device=device)
     if as_json: return typer.echo(json.dumps(out))
     _say_skipped(out['skipped'])
     if answers: typer.echo(f"{out['answered']:,} answers of split {out['split']} in {answers}.")
@@ -381,17 +391,18 @@ def _beside_the_paper(pairs, out, rerank):
     ours = {'this run': out['strict']} | ({f'this run, {rerank} re-ranked': found} if (found := out.get(f'strict, first {rerank} re-ranked')) else {})
     print_table([{k: v if isinstance(v, str) else f'{v:.1f}' for k, v in row.items()} for row in results_table(ours, known).to_dict('records')], f'{known}, fine-tuned: the rows of the paper are its own, after re-ranking')
 
-# %% ../nbs/85_cli.ipynb #205b86c0
+# %% ../nbs/85_cli.ipynb #20775e81
 @app.command(epilog='Example:  vlwb summarize report/ --model runs/sita --out report.html')
 def summarize(
     document:Annotated[Path, typer.Argument(help='A folder with one text (.txt, .md or .json) and its pictures, or that text.')],
     model:Annotated[Path, typer.Option(help='A run of vlwb train --preset sita or sita-tiny.')],
     out:Annotated[Path, typer.Option(help='The page that is written.')]=Path('summary.html'),
     as_json:Annotated[bool, typer.Option('--json', help='Print the summary, the pictures and their pseudo captions as JSON.')]=False,
+    device:Annotated[str, typer.Option(help='auto, cpu, cuda, ...')]='auto',
 ):
     "Summarise a document with pictures: a summary, the picture that goes with it, and the sentence that could be each picture's caption."
     from vlwb.tasks import summarise
-    found = summarise(document, model, out)
+    found = summarise(document, model, out, device)
     if as_json: return typer.echo(json.dumps(found))
     typer.echo(' '.join(found['summary']) or 'The summary is empty.')
     print_table([{'picture': p['image'], 'pseudo caption': p['caption'] or 'none', 'similar to the summary': '-' if p['score'] is None else f"{p['score']:.2f}", 'chosen': 'yes' if p['chosen'] else ''} for p in found['pictures']], document.name)

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['warned', 'make_generator', 'seed_everything', 'pick_device', 'same_ids', 'Batch', 'check_features', 'warn_once',
            'DataError', 'Problems', 'inside', 'write_atomic', 'mend_torchvision', 'data_folder', 'cache_folder',
-           'full_run', 'config_hash']
+           'full_run', 'config_hash', 'dataclass_from']
 
-# %% ../nbs/00_core.ipynb #0211fa31
+# %% ../nbs/00_core.ipynb #029fdf04
 import hashlib, importlib.util, json, os, random, re, sys, tempfile, warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
+from typing import get_args, get_type_hints
 import numpy as np
 import torch
 from torch import Tensor
@@ -205,3 +206,17 @@ def config_hash(
     "A name for a configuration: equal values give equal names, on every machine and day."
     plain = [asdict(c) if is_dataclass(c) else c for c in configs]
     return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+# %% ../nbs/00_core.ipynb #516c2708
+def dataclass_from(
+    kind:type, # a dataclass
+    values:dict, # its fields, as `asdict` and JSON give them
+): # of that kind: dataclasses within it, tuples for lists
+    "A configuration from its record. `TypeError` for a field that the kind does not have, or lacks."
+    hints, out = get_type_hints(kind), {}
+    for name, value in values.items():
+        inner = next((t for t in (hints.get(name), *get_args(hints.get(name))) if is_dataclass(t)), None)
+        out[name] = dataclass_from(inner, value) if inner and isinstance(value, dict) else _tuples(value)
+    return kind(**out)
+
+def _tuples(x): return tuple(map(_tuples, x)) if isinstance(x, list) else x

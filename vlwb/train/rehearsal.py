@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['caption_lengths', 'check_set', 'micro_batch', 'Step', 'measure_step', 'Line', 'fit_line', 'update_seconds',
-           'available_memory', 'parts_of', 'held_memory', 'contrast_of', 'rehearse_stage', 'Rehearsal', 'rehearse']
+           'available_memory', 'parts_of', 'held_memory', 'contrast_of', 'rehearse_run', 'rehearse_stage', 'Rehearsal',
+           'too_large', 'rehearse']
 
 # %% ../../nbs/59_train.rehearsal.ipynb #0210ce4d
 import copy, os, time
@@ -56,7 +57,7 @@ def check_set(
     return dict(set=name, images=dataset.num_images, captions=len(dataset.caption_image), repeated=0 if captions is None else len(captions) - len(set(captions)), tokens=int(np.median(lengths)), longest=int(lengths.max()),
                 cut=0. if limit is None else float((lengths > limit).mean()), seconds_an_image=seconds), problems
 
-# %% ../../nbs/59_train.rehearsal.ipynb #10eea261
+# %% ../../nbs/59_train.rehearsal.ipynb #10aaee58
 def micro_batch(
     dataset, # the stage's set
     stage:Stage, # its batch size
@@ -77,13 +78,14 @@ class Step(NamedTuple):
 
 def measure_step(
     model:nn.Module, # on its device
-    objective:PretrainObjective|MatchingObjective, # prepared
+    objective:Callable, # (model, batch, step) -> (loss, stats), prepared where it prepares itself
     batch:Batch, # a few pairs, on that device
     precision:str='auto', # as in `TrainConfig`
 )->Step: # measured
     "One forward and backward pass; the gradients are left in the model."
     device = batch.image_ids.device
-    own = [*model.parameters(), *model.buffers(), *(() if objective.state is None else (*objective.state.parameters(), *objective.state.buffers()))]
+    state = getattr(objective, 'state', None)
+    own = [*model.parameters(), *model.buffers(), *(() if state is None else (*state.parameters(), *state.buffers()))]
     mine, kept = {x.untyped_storage().data_ptr() for x in own}, {}
     def note(x):
         if (place := x.untyped_storage().data_ptr()) not in mine: kept[place] = x.untyped_storage().nbytes()
@@ -145,14 +147,14 @@ def available_memory(
     limits = [read(f'/sys/fs/cgroup/{name}').strip() for name in ('memory.max', 'memory/memory.limit_in_bytes')]
     return min([*found, *(int(x) for x in limits if x.isdigit())], default=0)
 
-# %% ../../nbs/59_train.rehearsal.ipynb #1840e489
+# %% ../../nbs/59_train.rehearsal.ipynb #1810d1c3
 def parts_of(
     model:nn.Module, # any
 )->dict[str,int]: # parameters of each part, shared ones counted once, where they come first
-    "How many parameters a model has; of a BERT inside by its own parts."
+    "How many parameters a model has; of a BERT or an ALBEF inside by its own parts."
     counts = {}
     for name, p in model.named_parameters():
-        part = '.'.join(name.split('.')[:2 if name.startswith(('text.', 'bert.')) else 1])
+        part = '.'.join(name.split('.')[:2 if name.startswith(('text.', 'bert.', 'albef.')) else 1])
         counts[part] = counts.get(part, 0) + p.numel()
     return counts
 
@@ -160,11 +162,12 @@ def held_memory(
     parameters:int, # of the model
     width:int, # D of its features
     contrast:LossConfig|None=None, # what it is trained with; None without a contrast
+    trained:int|None=None, # parameters that get gradients; all when None
 )->dict[str,int]: # bytes of each kind of state
     "Memory of what training keeps between steps, in float32 with AdamW; activations come on top."
     momentum, queue = (False, 0) if contrast is None else (contrast.needs_momentum, contrast.queue_size)
-    aux = width if contrast is not None and contrast.needs_aux else 0
-    return dict(parameters=4*parameters, gradients=4*parameters, moments=8*parameters, momentum_model=4*parameters*momentum, queue=queue*(8*(width + aux) + 8))
+    aux, trained = width if contrast is not None and contrast.needs_aux else 0, parameters if trained is None else trained
+    return dict(parameters=4*parameters, gradients=4*trained, moments=8*trained, momentum_model=4*parameters*momentum, queue=queue*(8*(width + aux) + 8))
 
 def contrast_of(
     objective:PretrainConfig|MatchingConfig, # of a stage
@@ -172,7 +175,46 @@ def contrast_of(
     "The contrast that a stage trains with."
     return objective.contrast if getattr(objective, 'contrast_weight', 1.) else None
 
-# %% ../../nbs/59_train.rehearsal.ipynb #215e02c5
+# %% ../../nbs/59_train.rehearsal.ipynb #215119c5
+def rehearse_run(
+    name:str, # of the run
+    model:nn.Module, # on its device, in training
+    objective:Callable, # (model, batch, step) -> (loss, stats), prepared
+    take:Callable[[int],Batch], # n -> the first n items of a batch
+    config:TrainConfig, # steps and precision
+    batch_size:int, # items in a batch
+    there:int, # items that a batch could be filled with
+    *,
+    width:int=0, # D of the features in a queue
+    contrast:LossConfig|None=None, # what has a slow copy and a queue
+    held:dict|None=None, # bytes of what else is kept
+    loading:float=0., # seconds to read what one item needs
+    once:float=0., # seconds of what comes before the first step
+    whole:bool=False, # measure a whole batch too, where the small ones say that it is quick and fits
+)->tuple[dict,list[str]]: # a row for the tables: seconds and bytes; what is wrong
+    "A few items through an objective, and what a whole batch of them will take."
+    device = next(model.parameters()).device
+    first, sizes, steps = _small_steps(lambda n: measure_step(model, objective, take(n).to(device), config.precision), min(batch_size, there), available_memory(device) if whole else 0)
+    problems = [] if np.isfinite(first.loss) else [f'{name}: the loss of the first items is {first.loss}']
+    n, trained = sum(parts_of(model).values()), sum(p.numel() for p in model.parameters() if p.requires_grad)
+    seconds, kept = fit_line(sizes, [s.seconds for s in steps]), fit_line(sizes, [float(s.kept) for s in steps])
+    step = seconds.at(batch_size) + batch_size*loading + update_seconds(trained, contrast is not None and contrast.needs_momentum, device)
+    memory = held_memory(n, width, contrast, trained) | (held or {}) | dict(activations=int(kept.at(batch_size)))
+    model.zero_grad(set_to_none=True)
+    return dict(stage=name, batch=batch_size, steps=config.steps, loss=first.loss, seconds_a_step=step, seconds=once + step*config.steps, measured_on=sizes, memory=memory, total=sum(memory.values())), problems
+
+def _small_steps(run, most, room):
+    "A step of two items; then, where that is quick, the quicker of two at each of two sizes, else that one again: the first step, sizes, steps. Where a whole batch is quick and fits into a quarter of the room, it is the larger size."
+    first, quicker = run(min(2, most)), lambda n: min((run(n) for _ in range(2)), key=lambda s: s.seconds)
+    if first.seconds >= 1: return first, (min(2, most),), [first]
+    if most < 8: return first, (most,), [quicker(most)]
+    sizes = 4, min(24, most)
+    steps = [quicker(n) for n in sizes]
+    foreseen = lambda costs: fit_line(sizes, costs).at(most)
+    if foreseen([s.seconds for s in steps]) < 3 and foreseen([float(s.kept) for s in steps]) < room/4: return first, (4, most), [steps[0], steps[1] if most == sizes[1] else quicker(most)]
+    return first, sizes, steps
+
+# %% ../../nbs/59_train.rehearsal.ipynb #239c0c4d
 class _AnyView:
     "Stands in for H's looked-up features, which do not exist yet."
     def __init__(self, width): self.width = width
@@ -190,32 +232,18 @@ def rehearse_stage(
     loading:float=0., # seconds to read one image
 )->tuple[dict,list[str]]: # a row for the tables: seconds and bytes; what is wrong
     "One micro-batch through a stage's objective, and what a whole one will take."
-    config, c, device, problems = stage.run(len(dataset.caption_image)), contrast_of(stage.objective), next(model.parameters()).device, []
+    config, c, problems = stage.run(len(dataset.caption_image)), contrast_of(stage.objective), []
     images, aux, queue, width = len(np.unique(dataset.caption_image)), stage.objective.needs_aux, 0 if c is None else c.queue_size, model.config.projection_dim or model.config.width
     if images < stage.batch_size: problems.append(f'{name}: a batch of {stage.batch_size} cannot be filled from {images} images; lower the batch size')
     if 2*queue > len(dataset.caption_image): problems.append(f'{name}: a queue of {queue} pairs is more than half of the {len(dataset.caption_image)} in the set; lower queue_size')
     objective = stage_objective(stage.objective, config.steps, special, None if not aux else _AnyView(width) if H is None else AuxModel(H))
     objective.prepare(model.train())
-    first, sizes, steps = _small_steps(objective, model, dataset, stage, config, images)
-    if not np.isfinite(first.loss): problems.append(f'{name}: the loss of the first pairs is {first.loss}')
-    n, pairs = sum(parts_of(model).values()), stage.batch_size
-    seconds, kept = fit_line(sizes, [s.seconds for s in steps]), fit_line(sizes, [float(s.kept) for s in steps])
-    step = seconds.at(pairs) + pairs*loading + update_seconds(n, c is not None and c.needs_momentum, device)
-    looked_up = 4*width*(dataset.num_images + len(dataset.caption_image)) if aux and H is None else 0
-    memory = held_memory(n, width, c) | dict(H=4*n if aux and H is not None else looked_up, activations=int(kept.at(pairs)))
-    model.zero_grad(set_to_none=True)
-    return dict(stage=name, pairs=len(dataset.caption_image), batch=pairs, steps=config.steps, loss=first.loss, seconds_a_step=step, seconds=step*config.steps, measured_on=sizes, memory=memory, total=sum(memory.values())), problems
+    n = sum(parts_of(model).values())
+    held = dict(H=4*n if aux and H is not None else 4*width*(dataset.num_images + len(dataset.caption_image)) if aux else 0)   # an H beside the model, or its features looked up
+    row, wrong = rehearse_run(name, model, objective, lambda k: micro_batch(dataset, stage, k), config, stage.batch_size, images, width=width, contrast=c, held=held, loading=loading)
+    return dict(pairs=len(dataset.caption_image)) | row, problems + wrong
 
-def _small_steps(objective, model, dataset, stage, config, images):
-    "A step of two pairs; then, where that is quick, the quicker of two at each of two sizes, else that one again: the first step, sizes, steps."
-    device = next(model.parameters()).device
-    run = lambda n: measure_step(model, objective, micro_batch(dataset, stage, n).to(device), config.precision)
-    first = run(min(2, images))
-    if first.seconds >= 1 or images < 8: return first, (min(2, images),), [first]
-    sizes = 4, min(24, images, stage.batch_size)
-    return first, sizes, [min((run(n) for _ in range(2)), key=lambda s: s.seconds) for n in sizes]
-
-# %% ../../nbs/59_train.rehearsal.ipynb #27a8d0f3
+# %% ../../nbs/59_train.rehearsal.ipynb #31fdd00d
 class Rehearsal(NamedTuple):
     "What a dry run found."
     data:list[dict] # a row for each set
@@ -223,6 +251,13 @@ class Rehearsal(NamedTuple):
     stages:list[dict] # a row for each stage, with seconds and bytes
     available:int # bytes
     problems:list[str] # what does not work or does not fit
+
+def too_large(
+    rows:list[dict], # of the stages
+    available:int, # bytes
+    remedy:str, # what to do about it
+)->list[str]: # a message for each stage that does not fit
+    return [f"{r['stage']}: needs about {r['total']/2**30:.1f} GB, and {available/2**30:.1f} GB are there; {remedy}" for r in rows if r['total'] > available]
 
 def rehearse(
     preset:Preset, # what is to be trained
@@ -249,7 +284,7 @@ def rehearse(
         except (ValueError, RuntimeError, IndexError) as e: problems.append(f'{name}: {e}'); continue
         rows.append(row); problems += wrong
     available = available_memory(None if model is None else next(model.parameters()).device)
-    problems += [f"{r['stage']}: needs about {r['total']/2**30:.1f} GB, and {available/2**30:.1f} GB are there; lower the batch size or the queue, or share the batch among several processes" for r in rows if r['total'] > available]
+    problems += too_large(rows, available, 'lower the batch size or the queue, or share the batch among several processes')
     return Rehearsal(data, {} if model is None else parts_of(model), rows, available, problems)
 
 def _kept(dataset) -> bool: # regions are read or made once, before training, and then kept in a store
