@@ -215,7 +215,7 @@ class MarkedText(anywidget.AnyWidget):
         "New lines, with a choice of their own."
         with self.hold_sync(): self.lines = list(lines); self.chosen = chosen if chosen < len(self.lines) else -1
 
-# %% ../../nbs/79_widgets.document.ipynb #15bff58e
+# %% ../../nbs/79_widgets.document.ipynb #15dc69e9
 _RAMP = '<span role="img" aria-label="to" class="vlwb-word-ramp"></span>'
 _MARK_OF = dict(right='own', wrong='false_negatives', missed='missed', picked='chosen')  # kinds of picks -> marks of the canvas with the same look
 _SAID = {'right': ('✓ the true one', 'own'), 'wrong': ('✗ another is true', 'warning'), 'missed': ('✗ the true one was missed', 'warning')}
@@ -337,8 +337,8 @@ class DocumentView(View):
 
     def _show_layer(self):
         s = self.state; self.canvas.values = s.layer
-        there = bool(np.isfinite(getattr(s.result, s.layer)).any())
-        self.sides.value = '<span>striped: no score</span>' if there else '<span><b>no pair has a score here</b></span>'
+        there = np.isfinite(getattr(s.result, s.layer))
+        self.sides.value = '' if there.all() else '<span>striped: no score</span>' if there.any() else '<span><b>no pair has a score here</b></span>'
 
     def _show_choice(self):
         "What depends on the image, the sentence and the method; nothing while a new document is on its way."
