@@ -1,10 +1,10 @@
 "Documents with pictures: the made-up world, the readers, and the alignment of pictures and sentences."
-import itertools, json, os
+import itertools, json, os, time
 from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 from vlwb.core import DataError, make_generator, seed_everything
 from vlwb.data.documents import DocumentConfig, DocumentResult, Documents, make_documents, read_document, read_msmo, split_sentences, write_documents
@@ -118,7 +118,7 @@ def test_msmo_says_what_is_wrong(tmp_path):
     assert 'a_1.jpg' in str(read_msmo_and_skip(tmp_path).problems)
     (tmp_path/'img'/'a_1.jpg').unlink()
     (tmp_path/'img'/'a_2.jpg').symlink_to(__file__)
-    with pytest.raises(DataError, match='outside'): read_msmo(tmp_path)
+    with pytest.raises(DataError, match='img/a_2.jpg.*outside'): read_msmo(tmp_path)
     with pytest.raises(DataError, match='usable'): read_msmo(make_empty(tmp_path/'none'))
 
 
@@ -132,6 +132,111 @@ def make_empty(folder):
     return folder
 
 
+def test_damaged_pictures_are_one_problem_each(tmp_path):
+    "A link that leads out of img/, a broken one, a folder and a second picture of a name are left out; the rest is read."
+    article(tmp_path, pictures=2)
+    (tmp_path/'img'/'a_2.jpg').symlink_to(tmp_path/'article'/'a.txt'); (tmp_path/'img'/'a_3.jpg').symlink_to('nowhere.jpg'); (tmp_path/'img'/'a_4.jpg').mkdir()
+    Image.new('RGB', (8, 8)).save(tmp_path/'img'/'a_1.png')
+    (tmp_path/'img'/'a_5.jpg').symlink_to('a_0.jpg')                                                # a link within img/ is as good as a picture
+    found = read_msmo(tmp_path, on_error='skip', check='decode')
+    assert found.image_ids == ['a_0', 'a_1', 'a_5'] and len(found.problems) == 4
+    for told, words in zip(found.problems.messages, (['a_1.jpg', 'a_1.png', 'one name'], ['img/a_2.jpg', 'outside'], ['img/a_3.jpg', 'no file'], ['img/a_4.jpg', 'no file'])): assert all(w in told for w in words), told
+    for name in ('a_2.jpg', 'a_3.jpg'): (tmp_path/'img'/name).unlink()
+    (tmp_path/'img'/'a_4.jpg').rmdir()
+    with pytest.raises(DataError, match='img/a_1.jpg and img/a_1.png'): read_msmo(tmp_path)
+
+
+def test_a_folder_of_pictures_may_be_a_link(tmp_path):
+    article(tmp_path/'disk', pictures=2)
+    (tmp_path/'set').mkdir()
+    for part in ('article', 'img'): (tmp_path/'set'/part).symlink_to(tmp_path/'disk'/part)
+    found = read_msmo(tmp_path/'set', check='decode')
+    assert found.image_ids == ['a_0', 'a_1'] and all(p.is_absolute() for p in found.images)
+
+
+@pytest.mark.parametrize('damage, message', [([], 'must be an object'), ('x', 'must be an object'), (dict(a=[0]), 'document a: an object'), (dict(a=None), 'document a: an object'), (dict(a=dict(caption='0')), 'caption'), (dict(a=dict(caption=[True])), 'caption'),
+    (dict(a=dict(caption=[0.5])), 'caption'), (dict(a=dict(caption=[2])), 'caption'), (dict(a=dict(caption=[-2])), 'caption'), (dict(a=dict(caption=[0, 1])), '2 entries, and 1 pictures'), (dict(a=dict(caption=[])), '0 entries'),
+    (dict(a=dict(kinds='topic')), 'kinds'), (dict(a=dict(kinds=['topic'])), 'kinds'), (dict(a=dict(kinds=['topic', ['x']])), 'kinds')])
+def test_a_damaged_alignment_is_named(tmp_path, damage, message):
+    article(tmp_path)
+    (tmp_path/'alignment.json').write_text(json.dumps(damage))
+    with pytest.raises(DataError, match=f'alignment.json.*{message}.*remove the file'): read_msmo(tmp_path)
+    if isinstance(damage, dict):
+        left = read_msmo(tmp_path, on_error='skip')
+        assert left.caption[0].tolist() == [-1] and left.kinds is None and len(left.problems) == 1
+    (tmp_path/'alignment.json').write_text('{"a": ')
+    with pytest.raises(DataError, match='alignment.json, line 1'): read_msmo(tmp_path, on_error='skip')
+    (tmp_path/'alignment.json').write_text(json.dumps(dict(a=dict(caption=None), elsewhere=3)))      # not told; and of a document that is not read
+    assert read_msmo(tmp_path).caption[0].tolist() == [-1]
+
+
+TEXT = st.text(alphabet='ab. !?\n"M@\t\u2028', max_size=24)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(TEXT, min_size=1, max_size=3), st.lists(TEXT, max_size=2), st.sampled_from(['', 'A day', '@body', ' x', 'two\nlines']))
+def test_sentences_come_back_whole_or_are_refused(tmp_path_factory, sentences, summary, title):
+    folder = tmp_path_factory.mktemp('set')
+    made = Documents(['d'], [sentences], [[]], [], summary=[summary], title=[title])
+    whole = all(split_sentences(s) == [s] and not s.startswith('@body') for s in sentences + summary) and title in ('', 'A day')
+    if not whole:
+        with pytest.raises(ValueError, match='document d'): write_documents(made, folder)
+        assert not list(folder.iterdir())
+    else:
+        back = read_msmo(write_documents(made, folder))
+        assert (back.sentences, back.summary, back.title) == ([sentences], [summary], [title])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(alphabet='ab. !?\n"M)1\t', max_size=60))
+def test_what_was_split_is_left_whole(text):
+    "So what read_msmo has read can be written and read again."
+    for s in split_sentences(text): assert split_sentences(s) == [s]
+
+
+def test_the_writer_names_document_and_sentence(tmp_path):
+    made = Documents(['a', 'b'], [['One.'], ['Two.', 'Three. Four.']], [[], []], [])
+    with pytest.raises(ValueError, match=r"document b, sentence 1: 'Three. Four.'"): write_documents(made, tmp_path/'set')
+    made = Documents(['a'], [['One.']], [[]], [], summary=[['It is', '@Summary of it']])
+    with pytest.raises(ValueError, match='document a, summary sentence 1'): write_documents(made, tmp_path/'set')
+    for kinds in ([['topic']], [['topic', 'x']], [['topic', 'filler'], []], ['topic']):
+        with pytest.raises(ValueError, match='kinds'): Documents(['a'], [['One.', 'Two.']], [[]], [], kinds=kinds)
+
+
+def test_nothing_of_another_set_is_read_along(documents, tmp_path):
+    write_documents(documents[:4], tmp_path); write_documents(documents[:4], tmp_path)               # the same set again is well
+    with pytest.raises(ValueError, match='not of this set'): write_documents(documents[:2], tmp_path)
+    fewer = replace(documents[:4], image=[i[:1] for i in documents[:4].image], reference=None, caption=None)
+    with pytest.raises(ValueError, match='img/train-3-0_1.png'): write_documents(fewer, tmp_path)
+
+
+def test_documents_that_lack_everything(documents, tmp_path):
+    "Without pictures, without a summary, without a document: written, read and refused as told."
+    none = documents[:0]
+    assert len(none) == 0 and none.texts == [] and '0 documents' in repr(none) and len(Documents([], [], [], [])) == 0
+    with pytest.raises(ValueError, match='no document to write'): write_documents(none, tmp_path/'none')
+    with pytest.raises(ValueError, match='document x: not one sentence'): write_documents(Documents(['x'], [[]], [[]], []), tmp_path/'x')
+    few = documents[np.arange(3)]
+    bare = replace(few, image=[few.image[0], few.image[1][:0], few.image[2]], reference=[few.reference[0], few.reference[1][:0], few.reference[2]],
+                   caption=[few.caption[0], few.caption[1][:0], few.caption[2]], summary=[few.summary[0], few.summary[1], []], kinds=None)
+    back = read_msmo(write_documents(bare, tmp_path/'bare'), check='decode')
+    assert [len(i) for i in back.image] == [len(i) for i in bare.image] and back.summary == bare.summary and back.kinds is None
+    assert [c.tolist() for c in back.caption] == [c.tolist() for c in bare.caption] and [r.tolist() for r in back.reference] == [r.tolist() for r in bare.reference]
+    unseen = read_msmo(write_documents(replace(few, images=None), tmp_path/'unseen'))                # pictures were never loaded: none are written
+    assert unseen.sentences == few.sentences and [len(i) for i in unseen.image] == [0, 0, 0] and unseen.kinds == few.kinds
+    with pytest.raises(ValueError, match='without pictures'): replace(few, images=None).load_image(0)
+    article(tmp_path/'one', text='@body\nOne.\n', pictures=0)
+    assert read_msmo(tmp_path/'one').summary == [[]] and read_msmo(tmp_path/'one').title == [''] and len(read_msmo(tmp_path/'one').image[0]) == 0
+
+
+def test_pictures_are_copied_or_made_png(tmp_path):
+    for name in ('p.JPG', 'q.tif'): Image.new('RGB', (8, 8), (9, 9, 9)).save(tmp_path/name)
+    made = Documents(['d'], [['One.']], [[0, 1]], ['p', 'q'], [tmp_path/'p.JPG', str(tmp_path/'q.tif')], reference=[[False, True]])
+    back = read_msmo(write_documents(made, tmp_path/'set'))
+    assert sorted(p.name for p in (tmp_path/'set'/'img').iterdir()) == ['d_0.jpg', 'd_1.png'] and (tmp_path/'set'/'img'/'d_0.jpg').read_bytes() == (tmp_path/'p.JPG').read_bytes()
+    assert back.reference[0].tolist() == [False, True] and np.asarray(back.load_image(1)).max() == 9
+
+
 def test_annotation_beside_the_folder(tmp_path):
     article(tmp_path/'test_data', 'a', pictures=3); article(tmp_path/'test_data', 'b', pictures=2)
     (tmp_path/'image_annotation.txt').write_text('a_2.jpg a_0.jpg\nNone\nother_1.jpg\n')                # other: an article that is not here
@@ -139,8 +244,20 @@ def test_annotation_beside_the_folder(tmp_path):
     assert [r.tolist() for r in found.reference] == [[True, False, True], [False, False]]
 
 
+def test_many_names_in_many_articles(tmp_path):
+    "An annotation of the whole test set beside a part of the articles takes time by their sum, not by their product."
+    make_empty(tmp_path)
+    for k in range(1500): (tmp_path/'article'/f'a{k}.txt').write_text('@body\nOne.\n')
+    took = []
+    for names in (10, 40_000):
+        (tmp_path/'image_annotation.txt').write_text('\n'.join(f'other{k}_0.jpg' for k in range(names)))
+        start = time.process_time(); assert len(read_msmo(tmp_path)) == 1500
+        took.append(time.process_time() - start)
+    assert took[1] - took[0] < 1, took
+
+
 @pytest.mark.parametrize('change, message', [(dict(images=['../x.png']), 'outside'), (dict(images=[os.path.abspath(__file__)]), 'outside'), (dict(images=['p.png', 'p.png']), 'twice'),
-    (dict(images=['bad.png']), 'decoded'), (dict(images=['none.png']), 'missing'), (dict(text=''), 'not one sentence'), (dict(sentences=['a'], text='b'), 'either'), (dict(title=3), 'title'), (dict(summary=[1]), 'summary')])
+    (dict(images=['bad.png']), 'decoded'), (dict(images=['none.png']), 'missing'), (dict(images=['p.png\0']), 'not a file name'), (dict(text=''), 'not one sentence'), (dict(sentences=['a'], text='b'), 'either'), (dict(title=3), 'title'), (dict(summary=[1]), 'summary')])
 def test_a_document_of_ones_own_is_checked(tmp_path, change, message):
     folder = tmp_path/'d'; folder.mkdir()
     Image.new('RGB', (8, 8)).save(folder/'p.png'); Image.new('RGB', (8, 8)).save(tmp_path/'x.png'); (folder/'bad.png').write_bytes(b'x')

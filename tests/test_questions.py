@@ -173,6 +173,78 @@ def test_pictures_stay_in_their_folder(tmp_path):
     with pytest.raises(DataError, match='no such folder'): read_vqa(*files, images=tmp_path/'nowhere')
 
 
+def test_nothing_left_is_an_error_even_when_rows_are_skipped(tmp_path):
+    _, files = small_vqa(tmp_path)
+    data = json.loads(files[0].read_text())
+    for rows in ([], [3, 'x'], [dict(question_id=7)]):
+        files[0].write_text(json.dumps(data | dict(questions=rows)))
+        with pytest.raises(DataError, match='not one usable question'): read_vqa(files[0], on_error='skip')
+    files[0].write_text(json.dumps(data)); files[1].write_text('{"annotations": []}')
+    with pytest.raises(DataError, match='not one usable question.*no annotation of question_id 7'): read_vqa(*files, on_error='skip')
+    for p in (tmp_path/'val2014').iterdir(): p.unlink()
+    with pytest.raises(DataError, match='not one usable question.*fetch it'): read_vqa(files[0], images=tmp_path/'val2014', on_error='skip')
+
+
+def test_each_damage_is_one_problem(tmp_path):
+    "The annotation of a question that was left out is no second problem; a picture's link that leads away is one."
+    _, files = small_vqa(tmp_path)
+    data = json.loads(files[0].read_text()); data['questions'][1]['question'] = ' '; files[0].write_text(json.dumps(data))
+    left = read_vqa(*files, on_error='skip')
+    assert left.question_ids == [7, 9, 10] and left.problems.messages == [f"{files[0]}, question 1: 'question' is empty; mend or remove it"]
+    picture = tmp_path/'val2014'/'COCO_val2014_000000000042.jpg'; picture.unlink(); picture.symlink_to(__file__)
+    with pytest.raises(DataError, match='image 42.*leads outside'): read_vqa(*small_vqa(tmp_path/'b')[1], images=tmp_path/'val2014')
+    left = read_vqa(files[0], images=tmp_path/'val2014', on_error='skip')
+    assert left.image_ids == [139] and len(left.problems) == 2
+    notes = json.loads(files[1].read_text()); notes['annotations'][0]['answer_type'] = ['other']; files[1].write_text(json.dumps(notes))
+    data['questions'].pop(1); files[0].write_text(json.dumps(data))
+    with pytest.raises(DataError, match="annotation 0: 'answer_type'"): read_vqa(*files)
+
+
+def test_all_or_no_questions_are_annotated(tmp_path):
+    mixed = Questions(['is it red?', 'why?', 'how?'], [0, 0, 0], [('yes',)*10, (), ()], ['a']*3, [7, 8, 9], [42])
+    with pytest.raises(ValueError, match="question 8 .'why.'. has no answer.*2 of 3"): write_vqa(mixed, tmp_path)
+    assert not list(tmp_path.iterdir())                                                          # refused before anything was written
+    path, notes = write_vqa(mixed[[bool(a) for a in mixed.answers]], tmp_path/'labelled')
+    assert read_vqa(path, notes).answers == [('yes',)*10]
+    path, notes = write_vqa(mixed[1:], tmp_path/'bare', 'test2015')
+    assert notes is None and read_vqa(path).answers == [(), ()] and not list((tmp_path/'bare').glob('*annotations*'))
+
+
+def test_pictures_are_written_in_one_step(tmp_path, monkeypatch):
+    "A picture that cannot be encoded or written leaves no part of a file, and the old one as it was."
+    questions, (path, _) = small_vqa(tmp_path)
+    picture = tmp_path/'val2014'/'COCO_val2014_000000000042.jpg'
+    old, inode = picture.read_bytes(), picture.stat().st_ino
+    small_vqa(tmp_path)
+    assert picture.read_bytes() == old and picture.stat().st_ino != inode                        # another file, moved there
+    def cut(*_): raise OSError('disk full')
+    monkeypatch.setattr('os.fsync', cut)
+    questions.images[:] = 255
+    with pytest.raises(OSError, match='disk full'): write_vqa(questions, tmp_path, 'val2014')
+    assert picture.read_bytes() == old and not [p for p in picture.parent.iterdir() if p.name.startswith('.')]
+
+
+@pytest.mark.parametrize('split', ['val2014', 'test2015', 'test-dev2015'])
+def test_pictures_are_found_again_in_every_split(tmp_path, split):
+    questions, _ = small_vqa(tmp_path/'other')
+    path, _ = write_vqa(questions, tmp_path, split)
+    folder = next(p for p in tmp_path.iterdir() if p.is_dir() and p.name != 'other')
+    assert len(read_vqa(path, images=folder)) == 4 and folder.name == ('val2014' if split == 'val2014' else 'test2015')
+
+
+def test_empty_sets_of_questions(tmp_path):
+    scenes = make_scenes(50, seed=0, config=SceneConfig(max_objects=2))
+    none = make_questions(scenes, 0, image_size=16)
+    assert len(none) == 0 == len(none[:0]) and none.form.shape == (0, 11) and len(none.image_ids) == 50 and scene_answers(scenes, none) == []
+    assert '0 questions' in repr(none) and none.load_image(3).size == (16, 16)
+    with pytest.raises(ValueError, match='no question to write'): write_vqa(none, tmp_path)
+    with pytest.raises(ValueError, match='learns from answers'): blind_answers(none, none)
+    with pytest.raises(ValueError, match='no answer is'): answer_vocabulary(none)
+    with pytest.raises(ValueError, match='negative'): make_questions(scenes, -1)
+    with pytest.raises(ValueError, match='too few'): make_questions(scenes[np.zeros(0, np.int64)], 4)
+    assert blind_answers(make_questions(scenes, 4, kinds=('existence',)), none) == []
+
+
 def test_result_files(tmp_path):
     questions, _ = small_vqa(tmp_path)
     answers = ['cat', 'yes', '2', 'so']

@@ -149,6 +149,39 @@ def test_readers_refuse_what_is_no_set(tmp_path):
     assert read_nlvr2(tmp_path/'hidden.json', images=False).label.tolist() == [-1]
 
 
+def test_pictures_by_identifier_and_directory(tmp_path):
+    "dev-850-0-0 is about dev-850-0-img0.png and -img1.png; a training row names the folder of its pictures."
+    rows = [dict(identifier='dev-850-0-0', sentence='a', label='True'), dict(identifier='dev-850-0-1', sentence='b', label='False', directory=3)]
+    (tmp_path/'dev.json').write_text('\n'.join(map(json.dumps, rows)))
+    found = read_nlvr2(tmp_path/'dev.json', check='none')
+    assert found.image_ids == ['dev-850-0-img0.png', 'dev-850-0-img1.png'] and found.image.tolist() == [[0, 1], [0, 1]] and found.group == ['dev-850-0', 'dev-850-1']
+    assert [p.relative_to(tmp_path.resolve()).as_posix() for p in found.images] == ['dev-850-0-img0.png', 'dev-850-0-img1.png']
+    (tmp_path/'train.json').write_text(json.dumps(dict(identifier='train-10171-0-0', sentence='a', label='True', directory=63)))
+    assert [p.relative_to(tmp_path.resolve()).as_posix() for p in read_nlvr2(tmp_path/'train.json', check='none').images] == ['63/train-10171-0-img0.png', '63/train-10171-0-img1.png']
+
+
+@pytest.mark.parametrize('read', [read_nlvr2, read_nlvr])
+@pytest.mark.parametrize('content', ['', '[]', 'null', '3', '"text"', '[[1]]', '{"identifier":', '\xff'])
+def test_damaged_files_are_named(tmp_path, read, content):
+    path = tmp_path/'dev.json'; path.write_bytes(content.encode('latin-1'))
+    for on_error in ('raise', 'skip'):
+        with pytest.raises(DataError, match='dev.json'): read(path, images=False, on_error=on_error)
+
+
+def test_empty_sets_of_statements():
+    scenes = make_scenes(40, seed=0, config=WORLD)
+    none = make_statements(scenes, 0, pixels=16)
+    assert len(none) == 0 and none.image.shape == (0, 2) and none.num_images == 40 and '0 about 2' in repr(none) and len(none[:0]) == 0
+    assert statement_holds(scenes, none.form, none.image).shape == (0,) and none.load_image(0).size == (16, 16)
+    some = make_statements(scenes, 8)
+    assert some[3].text == [some.text[3]] and len(some[-1]) == 1
+    with pytest.raises(ValueError, match='negative'): make_statements(scenes, -4)
+    with pytest.raises(ValueError, match='cannot be dealt'): fold_of(none)
+    with pytest.raises(ValueError, match='cannot be dealt'): fold_of(some, 0)
+    boxes = as_boxes(Statements([], np.zeros((0, 1)), [], [], [], [], [], []), 8)
+    assert boxes.image.shape == (0, 3) and boxes.images.shape == (0, 8, 8, 3)
+
+
 def test_boxes_and_folds(tmp_path):
     picture = Image.new('RGB', (400, 100), (10, 10, 10))
     for k, left in enumerate((0, 150, 300)): picture.paste((100*k, 50, 0), (left, 0, left + 100, 100))

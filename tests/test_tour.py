@@ -5,7 +5,7 @@ import pytest
 from vlwb.lab import lab_command
 
 TOUR = Path(__file__).resolve().parent.parent/'nbs'/'index.ipynb'
-VIEWS = '.vlwb-matrix canvas', '.vlwb-regulation', '.vlwb-studio', '.vlwb-desk', '.vlwb-monitor', '.vlwb-retrieval'
+VIEWS = '.vlwb-matrix canvas', '.vlwb-regulation', '.vlwb-studio', '.vlwb-desk', '.vlwb-monitor', '.vlwb-retrieval', '.vlwb-document'
 
 
 def quick_copy(folder, name):
@@ -32,6 +32,8 @@ def test_the_tour_shows_every_view_and_answers(where, chromium, request, shots):
         p.locator('.vlwb-card', has_text='similarity').first.wait_for()
         page.wait_pixels('.vlwb-matrix canvas', before)                       # the chosen pair is framed
         if where == 'lab': assert page.ask('explorer.state.cell') == [32, 32]
+        p.locator('.vlwb-document .vlwb-card').nth(1).scroll_into_view_if_needed(); p.locator('.vlwb-document .vlwb-card').nth(1).click(); p.locator('.vlwb-facts', has_text='Sentences for image 2').wait_for()
+        p.locator('.vlwb-document img.vlwb-photo').first.wait_for()
         p.locator('.vlwb-studio canvas').first.wait_for()                         # jupyter-scatter's style sheet stays inside the studio
         assert p.locator('.vlwb-monitor h3').first.evaluate('e => getComputedStyle(e).fontWeight') == '700'
         for n, view in enumerate(VIEWS):

@@ -105,7 +105,7 @@ def test_controls_and_state(results):
     view = DocumentView(results); s, r = view.state, view.state.result
     assert len(view.cards.cards) == len(r.images) and view.cards.chosen == s.image and view.canvas.cell == [s.image, s.sentence] and view.text.chosen == s.sentence
     for k in range(len(r.images)):
-        view.cards.chosen = k; assert s.image == k and view.canvas.cell == [k, r.caption[k]] and view.text.lines[r.caption[k]]['used'] and f'image {k + 1}, at most' in view.key.value
+        view.cards.chosen = k; assert s.image == k and view.canvas.cell == [k, r.caption[k]] and view.text.lines[r.caption[k]]['used'] and f'image {k + 1}, 0<' in view.key.value
         assert [p['value'] for p in view.words.lines[0]['parts']] == [f'{a:.2f}' for a in r.attention[:,k]]
     view.canvas.cell = [0, 1]; assert (s.image, s.sentence) == (0, 1) and view.cards.chosen == 0 and view.text.chosen == 1
     view.canvas.cell = [2, 1]; assert (s.image, s.sentence) == (2, 1) and view.canvas.cell == [2, 1]
@@ -140,9 +140,29 @@ def test_texts_stay_texts_and_what_is_missing_is_said(tmp_path):
         with pytest.raises(ValueError): wrong()
 
 
+def test_what_is_not_there_takes_no_room(results):
+    view = DocumentView([results[0], dict(images=[], sentences=['a'], summary=[NASTY]), dict(images=[None], sentences=[])]); shown = lambda: [x.layout.display != 'none' for x in (view.of_images, view.of_pairs)]
+    assert shown() == [True, True]; view.forth.click(); assert shown() == [False, False]; view.forth.click(); assert shown() == [True, False]; view.state.document = 0; assert shown() == [True, True]
+    assert view.canvas.row_ticks == [f'image {k + 1}' for k in range(len(results[0].images))] and view.canvas.column_ticks == [str(j + 1) for j in range(len(results[0].sentences))]
+
+
+def test_the_first_layer_has_scores(results):
+    "Without a second pass anywhere the coarse scores are drawn first, unless somebody asks."
+    assert DocumentView(odd()).canvas.values == 'coarse' and DocumentView(odd(), layer='fine').canvas.values == 'fine' and DocumentView([odd(), results[0]]).canvas.values == 'fine' and DocumentView(dict()).state.layer == 'coarse'
+
+
+def test_numbers_and_long_texts():
+    view = DocumentView(dict(sentences=[LONG, 'b'], images=[None], coarse=[[-.001, .2]], caption=[0], chosen=0))
+    assert 'coarse 0.00' in view.text.lines[0]['note'] and '-0.00' not in view.facts.value and len(view.cards.cards[0]['texts'][0]['text']) <= 110 and view.text.lines[0]['parts'][0]['text'].startswith(LONG[:1000])
+    assert 'max-height' not in view.facts.value and view.cards.cards[0]['note'] == '', 'nothing is known of the likeness, and the card says itself that there is no picture'
+
+
 def test_without_a_browser_there_is_a_picture(results, monkeypatch):
     monkeypatch.setenv('VLWB_STATIC', '1'); view = DocumentView(results)
     bundle = view._repr_mimebundle_(); assert set(bundle) == {'image/png', 'text/plain'} and bundle['image/png'][:4] == b'\x89PNG' and f'Alignment of {len(results[0].images)} images' in bundle['text/plain']
+    r, s = results[0], view.state; first = r.tokens[int(np.argmax(r.attention[:,s.image]))]; figure = view.figure()
+    said = ' '.join(t.get_text() for t in figure.axes[0].texts).replace('\n', ' '); assert f'Most attention to the pseudo caption of image {s.image + 1}: “{first}” {r.attention[:,s.image].max():.2f}' in said
+    nothing = DocumentView(dict(images=[], sentences=['a'], summary=[NASTY])).figure(); assert 'no images' in nothing.alt and NASTY in nothing.alt
     assert plot_summary_attention(results[0].tokens, results[0].attention).alt
 
 
@@ -209,6 +229,34 @@ def test_in_the_browser(where, request, tmp_path):
     assert p.locator('.vlwb-document .vlwb-marked b').count() == 0 and 'no second pass' in p.locator('.vlwb-says').inner_text()
     page.shot(open_page.shots/f'document-odd-{where}.png')
     if where == 'lab': assert p.evaluate('window.jupyterapp.shell.currentWidget.content.widgets.length') == 2, 'no key reached JupyterLab'
+
+
+WIDE = r'''
+import numpy as np
+from vlwb.widgets.document import DocumentView
+rng = np.random.default_rng(0)
+view = DocumentView([dict(sentences=[f'sentence {j + 1}' for j in range(60)], images=[None]*12, coarse=rng.random((12, 60)), fine=rng.random((12, 60)), caption=np.arange(12), chosen=0), dict(images=[], sentences=['alone'])])
+view
+'''
+
+
+def test_many_images_and_a_changed_theme(lab):
+    "Names beside the matrix follow the zoom, the chosen card comes into sight, and the matrix outlives a change of theme."
+    page = lab([WIDE], size=(900, 1500)); p = page.page; canvas = '.vlwb-document .vlwb-matrix canvas'; p.locator(f'{canvas}[data-whole="1"]').wait_for()
+    ticks = lambda side: p.locator(f'.vlwb-matrix .ticks.{side} span')
+    ticks('left').nth(11).wait_for(); assert ticks('left').all_inner_texts() == [f'image {k + 1}' for k in range(12)]
+    boxes = ticks('top').evaluate_all('x => x.map(e => { const q = e.getBoundingClientRect(); return [+e.textContent, q.left, q.right]; })'); assert 5 < len(boxes) < 60 and all(a[2] < b[1] for a, b in zip(boxes, boxes[1:])), 'no two overlap'
+    at = p.locator(canvas).bounding_box(); assert all(abs((l + r)/2 - at['x'] - (n - .5)/60*at['width']) < 3 for n, l, r in boxes)
+    p.locator(canvas).focus(); p.keyboard.press('+'); p.keyboard.press('+'); p.wait_for_function('() => [...document.querySelectorAll(".vlwb-matrix .ticks.top span")].every((e, k, x) => !k || e.textContent - x[k - 1].textContent === 1)'); assert 1 < ticks('left').count() < 12
+    p.get_by_role('button', name='all: show everything').click(); ticks('left').nth(11).wait_for()
+
+    card = p.locator('.vlwb-document .vlwb-card').nth(11); inside = 'e => { const a = e.getBoundingClientRect(), b = e.parentElement.getBoundingClientRect(); return a.left >= b.left - 1 && a.right <= b.right + 1; }'
+    assert not card.evaluate(inside); page.ask('view.state.set_trait("image", 11)'); p.wait_for_function(f'() => ({inside})(document.querySelectorAll(".vlwb-document .vlwb-card")[11])')
+
+    for dark in (True, False, True):
+        page.theme(dark); p.wait_for_timeout(1000); width, shown = p.locator(canvas).evaluate('c => [c.width, c.offsetWidth]'); assert width == shown > 300
+    page.shot(lab.shots/'document-many-dark.png')
+    page.ask('view.state.set_trait("document", 1)'); p.get_by_text('document 2 of 2').wait_for(); p.locator(canvas).wait_for(state='hidden'); assert p.locator('.vlwb-document').get_by_text('This document has no images.').count() == 1
 
 
 def test_dark_theme_and_speed(lab):

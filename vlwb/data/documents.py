@@ -6,19 +6,19 @@
 __all__ = ['KINDS', 'TOPICS', 'CARRIERS', 'FILLER', 'SUMMARY', 'Documents', 'DocumentResult', 'DocumentConfig', 'make_documents',
            'split_sentences', 'read_msmo', 'write_documents', 'read_document']
 
-# %% ../../nbs/19b_data.documents.ipynb #027c3cc7
-import os, re
+# %% ../../nbs/19b_data.documents.ipynb #021fdaf0
+import io, json, os, re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from ..core import DataError, Problems, inside, make_generator, write_atomic
-from .pairs import open_image, read_json, to_rgb
+from ..core import DataError, Problems, make_generator, write_atomic
+from .pairs import _Finder, open_image, read_json, to_rgb
 from .scenes import Captions, hard_negative_captions, holds, make_captions, write_captions
 from .world import COLOURS, SHAPES, SceneConfig, Scenes, make_scenes, object_matches, render
 
-# %% ../../nbs/19b_data.documents.ipynb #05ba33fb
+# %% ../../nbs/19b_data.documents.ipynb #05efafbe
 @dataclass(repr=False)
 class Documents:
     "A set of documents with pictures: one entry a document, the pictures of all of them in one list."
@@ -43,12 +43,14 @@ class Documents:
         if self.caption is None: self.caption = [np.full(len(i), -1) for i in self.image]
         if self.title is None: self.title = ['']*n
         self.reference, self.caption = [np.asarray(r, bool) for r in self.reference], [np.asarray(c, np.int64) for c in self.caption]
-        lengths = {name: len(getattr(self, name)) for name in ('document_ids', 'sentences', 'image', 'summary', 'reference', 'caption', 'title')}
+        lengths = {name: len(getattr(self, name)) for name in ('document_ids', 'sentences', 'image', 'summary', 'reference', 'caption', 'title') + ('kinds',)*(self.kinds is not None)}
         if len(set(lengths.values())) > 1: raise ValueError(f'the columns must be of one length, got {lengths}')
         for name in ('document_ids', 'image_ids'):
             if len(set(getattr(self, name))) < len(getattr(self, name)): raise ValueError(f'{name} must be unique')
         if self.images is not None and len(self.images) != len(self.image_ids): raise ValueError(f'images ({len(self.images)}) and image_ids ({len(self.image_ids)}) must be of one length')
         for name, s, i, r, c in zip(self.document_ids, self.sentences, self.image, self.reference, self.caption): _check_document(name, len(s), i, r, c, len(self.image_ids))
+        for name, s, k in zip(self.document_ids, self.sentences, self.kinds or []):
+            if fault := _kinds_fault(k, len(s)): raise ValueError(f'document {name}: {fault}')
 
     def __len__(self): return len(self.sentences)
 
@@ -87,6 +89,11 @@ def _check_document(name, sentences, image, reference, caption, images):
     if not image.shape == reference.shape == caption.shape: raise ValueError(f'document {name}: image {image.shape}, reference {reference.shape} and caption {caption.shape} must have one entry a picture')
     if len(image) and not 0 <= image.min() <= image.max() < images: raise ValueError(f'document {name}: image must lie in 0..{images - 1}, got {image.min()}..{image.max()}')
     if len(caption) and not -1 <= caption.min() <= caption.max() < sentences: raise ValueError(f'document {name}: caption must lie in -1..{sentences - 1}, got {caption.min()}..{caption.max()}')
+
+def _kinds_fault(kinds, sentences)->str|None:
+    "What is wrong with the kinds of a document's sentences, None when nothing is."
+    if not isinstance(kinds, (list, tuple)) or len(kinds) != sentences: return f"'kinds' must be a list with one entry a sentence ({sentences}), got {kinds!r:.60}"
+    return next((f"'kinds' must be of {', '.join(KINDS)}, got {k!r:.60}" for k in kinds if k not in KINDS), None)
 
 # %% ../../nbs/19b_data.documents.ipynb #07f431a3
 @dataclass(frozen=True, eq=False)
@@ -347,7 +354,8 @@ def split_sentences(
         out.append(line[start:])
     return [s for s in (' '.join(t.split()) for t in out) if re.search(r'\w', s)]
 
-# %% ../../nbs/19b_data.documents.ipynb #301e01bc
+# %% ../../nbs/19b_data.documents.ipynb #30bd1344
+_PART = re.compile(r'^[ \t]*@(title|body|summary)\b[ \t]*', re.M | re.I)
 _PICTURE = re.compile(r'(.+)_(\d+)\.(?:jpe?g|png|gif|webp|bmp)', re.I)
 _SUFFIXES = '.jpg', '.jpeg', '.png', '.gif', '.webp', '.bmp'
 
@@ -356,7 +364,7 @@ def _sections(
     where:str, # for messages
 )->tuple[str,str,list[str]]: # title, body, summary sections
     "The parts of an article in MSMO's form. `DataError` when one is missing or stands twice."
-    parts = re.split(r'^[ \t]*@(title|body|summary)\b[ \t]*', text, flags=re.M | re.I)
+    parts = _PART.split(text)
     if parts[0].strip(): raise DataError(f'{where}: text before the first of @title, @body and @summary; put it below one of them')
     found = [(name.lower(), content.strip()) for name, content in zip(parts[1::2], parts[2::2])]
     for name in ('title', 'body'):
@@ -371,12 +379,18 @@ def _read_text(path):
     except UnicodeDecodeError as e: raise DataError(f'{Path(path).parent.name}/{Path(path).name}: not UTF-8 ({e.reason} at byte {e.start}); save the file as UTF-8') from None
     except OSError as e: raise DataError(f'{path}: cannot be read ({e.strerror}); check the path') from None
 
-def _pictures_by_article(folder, root):
-    "article -> picture files by number, of a folder of ARTICLE_N.jpg."
-    found = {}
+def _pictures_by_article(folder, problems):
+    "article -> picture files by number, of a folder of ARTICLE_N.jpg; what is no file of the folder, and a second one of a name, is a problem."
+    finder, root, found, seen = _Finder(folder), Path(folder).resolve(), {}, {}
     for entry in sorted(os.listdir(folder)):
         name = _PICTURE.fullmatch(entry)
-        if name: found.setdefault(name[1], []).append((int(name[2]), inside(root, str(Path(folder, entry).relative_to(root)))))
+        if not name: continue
+        try: finder(entry)
+        except DataError as e: problems.add(f'img/{entry}: {e}; put the picture itself there'); continue
+        path, stem = root/entry, Path(entry).stem                                             # a link within the folder keeps its own name
+        if not path.is_file(): problems.add(f'img/{entry}: no file, or a link to none; put the picture there or remove the entry')
+        elif stem in seen: problems.add(f'img/{seen[stem]} and img/{entry}: two pictures of one name; remove or rename one of them')
+        else: seen[stem] = entry; found.setdefault(name[1], []).append((int(name[2]), path))
     return {article: [path for _, path in sorted(files)] for article, files in found.items()}
 
 def _annotation(path, problems):
@@ -389,7 +403,7 @@ def _annotation(path, problems):
             else: problems.add(f'{Path(path).name}, line {number}: {name!r} names no picture ARTICLE_N.jpg; mend the name')
     return named
 
-# %% ../../nbs/19b_data.documents.ipynb #31a3833a
+# %% ../../nbs/19b_data.documents.ipynb #31fb5460
 def read_msmo(
     folder:str|Path, # with article/ and img/: test_data, say
     annotation:str|Path|None=None, # image_annotation.txt; when None, the one in the folder or beside it, where there is one
@@ -403,74 +417,103 @@ def read_msmo(
     folder, problems = Path(folder), Problems(on_error)
     if not (folder/'article').is_dir(): raise DataError(f'{folder}: no folder article/ in it; name the folder that holds article/ and img/')
     if images and not (folder/'img').is_dir(): raise DataError(f'{folder}: no folder img/ in it; put it there, or read without pictures (images=False)')
-    pictures = _pictures_by_article(folder/'img', folder) if images else {}
+    pictures, article = _pictures_by_article(folder/'img', problems) if images else {}, _Finder(folder/'article')
     annotation = annotation or next((p for p in (folder/'image_annotation.txt', folder.parent/'image_annotation.txt') if p.is_file()), None)
     named, rows = set() if annotation is None else _annotation(annotation, problems), []
     for path in sorted((folder/'article').glob('*.txt'))[:limit]:
         try:
-            title, body, summary = _sections(_read_text(inside(folder, f'article/{path.name}')), f'article/{path.name}')
+            title, body, summary = _sections(_read_text(article(path.name)), f'article/{path.name}')
             files = pictures.get(path.stem, [])
             if check == 'decode':
                 for f in files: open_image(f, f'img/{f.name}')
             rows.append((path.stem, title, split_sentences(body), [t for s in summary for t in split_sentences(s)], files))
         except DataError as e: problems.add(str(e))
     if not rows: raise DataError(f'{folder}: not one usable article; {problems}')
-    have = {f.stem for row in rows for f in row[4]}
-    for name in sorted(n for n in named - have if n.rsplit('_', 1)[0] in {r[0] for r in rows} and images): problems.add(f'{Path(annotation).name}: {name} is no picture below img/; fetch it or mend the name')
-    return _from_rows(rows, named, problems, folder)
+    have, ids = {f.stem for row in rows for f in row[4]}, {row[0] for row in rows}
+    for name in sorted(n for n in named - have if images and n.rsplit('_', 1)[0] in ids): problems.add(f'{Path(annotation).name}: {name} is no picture below img/; fetch it or mend the name')
+    known = _alignment(folder/'alignment.json', rows, images, problems) if (folder/'alignment.json').is_file() else {}
+    return _from_rows(rows, named, known, problems, folder.name)
 
-def _from_rows(rows, named, problems, folder):
-    "Documents from (id, title, sentences, summary, files) and the names of the reference images; alignment.json tells captions and kinds of a made-up set."
+def _alignment(path, rows, images, problems):
+    "document -> caption and kinds, as alignment.json of a made-up set tells them; an entry that does not fit is a problem, and is left out."
+    known, told = read_json(path), {}
+    if not isinstance(known, dict): raise DataError(f'{path.parent.name}/{path.name}: must be an object with an entry for each document, got {type(known).__name__}; write the set anew, or remove the file')
+    for name, _, sentences, _, files in rows:
+        if name not in known: continue
+        fault = _alignment_fault(known[name], len(sentences), len(files) if images else None)
+        if fault: problems.add(f'{path.parent.name}/{path.name}, document {name}: {fault}; write the set anew, or remove the file')
+        else: told[name] = known[name]
+    return told
+
+def _alignment_fault(entry, sentences, pictures)->str|None:
+    "What is wrong with an entry of alignment.json, None when nothing is."
+    if not isinstance(entry, dict): return f'an object was expected, got {entry!r:.60}'
+    caption = entry.get('caption')
+    if caption is not None:
+        if not isinstance(caption, list) or not all(type(c) is int and -1 <= c < sentences for c in caption): return f"'caption' must be a list of positions in -1..{sentences - 1}, got {caption!r:.60}"
+        if pictures not in (None, len(caption)): return f"'caption' has {len(caption)} entries, and {pictures} pictures in img/ belong to the document"
+    return _kinds_fault(entry['kinds'], sentences) if 'kinds' in entry else None
+
+def _from_rows(rows, named, known, problems, source):
+    "Documents from (id, title, sentences, summary, files), the names of the reference images, and what alignment.json tells."
     ids, titles, sentences, summaries, files = map(list, zip(*rows))
     start = np.cumsum([0] + [len(f) for f in files])
-    known = read_json(folder/'alignment.json') if (folder/'alignment.json').is_file() else {}
-    if not isinstance(known, dict): raise DataError(f'{folder.name}/alignment.json: must be an object with an entry for each document')
-    told = lambda i, f: known.get(i, {}).get('caption') if f else []                   # read without pictures: nothing to align
-    caption = [np.array([-1]*len(f) if told(i, f) is None else told(i, f), np.int64) for i, f in zip(ids, files)]
+    caption = [(known.get(i, {}).get('caption') or [-1]*len(f))[:len(f)] for i, f in zip(ids, files)]                 # read without pictures: nothing to align
     kinds = [known[i]['kinds'] for i in ids] if all('kinds' in known.get(i, {}) for i in ids) else None
-    try: return Documents(ids, sentences, [np.arange(a, b) for a, b in zip(start, start[1:])], [f.stem for fs in files for f in fs], [f for fs in files for f in fs], summaries,
-                          [np.array([f.stem in named for f in fs], bool) for fs in files], caption, problems, titles, kinds, folder.name)
-    except ValueError as e: raise DataError(f'{folder.name}: {e}; write alignment.json anew') from None
+    return Documents(ids, sentences, [np.arange(a, b) for a, b in zip(start, start[1:])], [f.stem for fs in files for f in fs], [f for fs in files for f in fs], summaries,
+                     [np.array([f.stem in named for f in fs], bool) for fs in files], caption, problems, titles, kinds, source)
 
-# %% ../../nbs/19b_data.documents.ipynb #33726a7c
+# %% ../../nbs/19b_data.documents.ipynb #33d6bc40
 def write_documents(
-    documents:Documents, # with or without pictures
-    folder:str|Path, # made; holds article/, img/, image_annotation.txt and alignment.json afterwards
+    documents:Documents, # one or more, with or without pictures
+    folder:str|Path, # made; holds article/, img/, image_annotation.txt and alignment.json of this set alone afterwards
 )->Path: # the folder
-    "Write documents in MSMO's form; pictures are copied, or written as PNG."
-    folder, lines = Path(folder), []
+    "Write documents in MSMO's form; pictures are copied, or written as PNG. `ValueError` for a sentence that would not come back whole, and for a folder with another set in it."
+    folder, lines, names = Path(folder), [], _picture_names(documents)
+    _check_writable(documents)
+    _check_folder(folder, documents, names)
     for name in ('article', 'img'): (folder/name).mkdir(parents=True, exist_ok=True)
     for d, name in enumerate(documents.document_ids):
-        if not re.fullmatch(r'[\w.-]+', name): raise ValueError(f'document id {name!r} is no file name: use letters, digits, dots, - and _')
         parts = ['@title', documents.title[d], '', '@body', *documents.sentences[d], ''] + [t for s in documents.summary[d] for t in ('@summary', s, '')]
         write_atomic(folder/'article'/f'{name}.txt', '\n'.join(parts))
-        files = [f'{name}_{k}' for k in range(len(documents.image[d]))] if documents.images is not None else []
-        written = [_write_picture(documents, i, folder/'img'/f) for i, f in zip(documents.image[d], files)]
-        lines.append(' '.join(w for w, r in zip(written, documents.reference[d]) if r) or 'None')
+        for i, file in zip(documents.image[d], names[d]): _write_picture(documents, i, folder/'img'/file)
+        lines.append(' '.join(n for n, r in zip(names[d], documents.reference[d]) if r) or 'None')
     write_atomic(folder/'image_annotation.txt', '\n'.join(lines) + '\n')
-    known = {i: dict(caption=c.tolist(), **({} if documents.kinds is None else dict(kinds=documents.kinds[d]))) for d, (i, c) in enumerate(zip(documents.document_ids, documents.caption))}
-    write_atomic(folder/'alignment.json', _json_text(known))
+    known = {i: dict(caption=c[:len(n)].tolist(), **({} if documents.kinds is None else dict(kinds=list(documents.kinds[d])))) for d, (i, c, n) in enumerate(zip(documents.document_ids, documents.caption, names))}
+    write_atomic(folder/'alignment.json', json.dumps(known, ensure_ascii=False, indent=0) + '\n')
     return folder
 
-def _json_text(value)->str:
-    "JSON as files of this package have it."
-    import json
-    return json.dumps(value, ensure_ascii=False, indent=0) + '\n'
+def _check_writable(documents):
+    "`ValueError` that names the document and the sentence that would not be read back as they are."
+    if not len(documents): raise ValueError(f'{documents.source}: no document to write; readers refuse an empty set')
+    for name, title, sentences, summary in zip(documents.document_ids, documents.title, documents.sentences, documents.summary):
+        if not re.fullmatch(r'[\w.-]+', name): raise ValueError(f'document id {name!r} is no file name: use letters, digits, dots, - and _')
+        if not sentences: raise ValueError(f'document {name}: not one sentence; leave it out')
+        if title != ' '.join(title.split()) or _PART.match(title): raise ValueError(f'document {name}: the title {title!r:.60} must be one line, single spaces between words, and not start with @title, @body or @summary')
+        for what, k, s in [('sentence', k, s) for k, s in enumerate(sentences)] + [('summary sentence', k, s) for k, s in enumerate(summary)]:
+            if _PART.match(s): raise ValueError(f'document {name}, {what} {k}: {s!r:.60} starts like a part of an article; write it without the @')
+            if split_sentences(s) != [s]: raise ValueError(f'document {name}, {what} {k}: {s!r:.60} would be read back as {split_sentences(s)}, and captions point at sentences by position; give the sentences as split_sentences cuts them')
+
+def _check_folder(folder, documents, names):
+    "`ValueError` when a folder holds articles or pictures of another set: they would be read with this one."
+    own = {f'article/{i}.txt' for i in documents.document_ids} | {f'img/{n}' for part in names for n in part}
+    there = [f'article/{p.name}' for p in (folder/'article').glob('*.txt')] + [f'img/{p.name}' for p in (folder/'img').glob('*') if _PICTURE.fullmatch(p.name)]
+    if other := sorted(set(there) - own): raise ValueError(f'{folder.name}: holds {other[0]}, which is not of this set ({len(other)} such files); name another folder, or remove them')
+
+def _picture_names(documents)->list[list[str]]:
+    "How the pictures of each document are called: ARTICLE_N with the suffix of the file, where that is one of MSMO's forms, else .png."
+    if documents.images is None: return [[] for _ in documents.image]
+    suffix = lambda item: Path(item).suffix.lower() if isinstance(item, (str, Path)) and Path(item).suffix.lower() in _SUFFIXES else '.png'
+    return [[f'{name}_{k}{suffix(documents.images[i])}' for k, i in enumerate(image)] for name, image in zip(documents.document_ids, documents.image)]
 
 def _write_picture(documents, i, path):
-    "One picture as a file beside others; its name."
-    import io
-    item = documents.images[i]
-    if isinstance(item, (str, Path)):
-        path = path.with_name(path.name + Path(item).suffix.lower())
-        write_atomic(path, Path(item).read_bytes())
-    else:
-        path, out = path.with_name(path.name + '.png'), io.BytesIO()
-        documents.load_image(i).save(out, 'PNG')
-        write_atomic(path, out.getvalue())
-    return path.name
+    "One picture: its file as it is, or PNG."
+    item, out = documents.images[i], io.BytesIO()
+    if isinstance(item, (str, Path)) and Path(item).suffix.lower() == path.suffix: out.write(Path(item).read_bytes())
+    else: documents.load_image(i).save(out, 'PNG')
+    write_atomic(path, out.getvalue())
 
-# %% ../../nbs/19b_data.documents.ipynb #400d1fb7
+# %% ../../nbs/19b_data.documents.ipynb #440d1fb7
 def _natural(path):
     "Sort key that puts 10 behind 9."
     return [int(p) if p.isdigit() else p.lower() for p in re.split(r'(\d+)', Path(path).name)]
@@ -510,7 +553,7 @@ def _document_parts(path):
         return title, split_sentences(body), [], names or None
     return '', split_sentences(text), [], None
 
-# %% ../../nbs/19b_data.documents.ipynb #4143cd0c
+# %% ../../nbs/19b_data.documents.ipynb #45296c8a
 def read_document(
     path:str|Path, # a folder with one .txt, .md or .json and pictures, or that file
 )->Documents: # a set of one document; every picture was decoded once
@@ -526,7 +569,8 @@ def read_document(
     if not sentences: raise DataError(f'{path.name}: not one sentence in it')
     folder = path.resolve().parent
     if names is None: names = [p.name for p in sorted((p for p in folder.iterdir() if p.suffix.lower() in _SUFFIXES), key=_natural)]
-    files = [inside(folder, n) for n in names]
+    finder = _Finder(folder)
+    files = [finder(n) for n in names]
     if len(set(files)) < len(files): raise DataError(f'{path.name}: names a picture twice; name each once')
     for n, f in zip(names, files): open_image(f, f'{path.name}, picture {n}')
     ids = names if len(set(names)) == len(names) else [str(k) for k in range(len(names))]

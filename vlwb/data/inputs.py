@@ -393,9 +393,9 @@ class PairDataset:
     @property
     def num_images(self)->int: return self.pairs.num_images
 
-    def images_at(self, index)->Tensor: # (B,3,H,W) the images at these positions, to encode each once
+    def images_at(self, index, epoch:int=0)->Tensor: # (B,3,H,W) the images at these positions, to encode each once
         index = np.asarray(index, dtype=np.int64)
-        return self._images(torch.from_numpy(index), torch.from_numpy(index), 0)
+        return self._images(torch.from_numpy(index), torch.from_numpy(index), epoch)
 
     def texts_at(self, index)->dict[str,Tensor]: # the captions at these positions
         return {k: v[torch.as_tensor(np.asarray(index, dtype=np.int64))] for k, v in self.texts.items()}
@@ -432,7 +432,7 @@ class TensorSet:
     @property
     def num_images(self)->int: return len(self.images)
 
-    def images_at(self, index)->Tensor: # (B,3,H,W) in [-1,1], or (B,D)
+    def images_at(self, index, epoch:int=0)->Tensor: # (B,3,H,W) in [-1,1], or (B,D)
         x = self.images[torch.as_tensor(index)]
         return x.float().div_(127.5).sub_(1.) if x.dtype == torch.uint8 else x
 

@@ -7,16 +7,16 @@ __all__ = ['QUESTION_KINDS', 'Questions', 'form_answers', 'make_questions', 'sce
            'normalise_answer', 'judged_answers', 'answer_vocabulary', 'answer_scores', 'answer_targets',
            'blind_answers', 'write_vqa', 'read_vqa']
 
-# %% ../../nbs/19_data.questions.ipynb #02db4162
-import json, re
+# %% ../../nbs/19_data.questions.ipynb #02705fe2
+import io, json, re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from ..core import DataError, Problems, inside, make_generator, write_atomic
-from .pairs import open_image, read_json
+from ..core import DataError, Problems, make_generator, write_atomic
+from .pairs import _Finder, open_image, read_json
 from .scenes import SLOT_VALUES, SLOTS, Scenes, relation_holds, render, write_captions
 from .world import RELATIONS
 
@@ -178,10 +178,10 @@ def _block_groups(scenes, kind, groups, generator):
         rows.append(np.concatenate([np.stack([wanted[which], at[form, which], form + len(first)*len(rows)]), whole_form[form].T])); texts += [texts_of[f] for f in form]
     return texts, *np.concatenate(rows, 1)
 
-# %% ../../nbs/19_data.questions.ipynb #12401d2f
+# %% ../../nbs/19_data.questions.ipynb #12870b3f
 def make_questions(
     scenes:Scenes, # N scenes
-    per_kind:int=1000, # questions of each kind, at least; whole groups
+    per_kind:int=1000, # questions of each kind, at least; whole groups; 0 gives an empty set
     seed:int=0, # equal seeds give equal questions
     kinds:tuple[str,...]=QUESTION_KINDS, # some of QUESTION_KINDS, or a dict of kind -> number
     block:int=1000, # scenes that a form is asked about
@@ -190,6 +190,7 @@ def make_questions(
     "Balanced questions with exact answers. `ValueError` when the scenes are too few for balance."
     numbers = kinds if isinstance(kinds, dict) else {k: per_kind for k in kinds}
     if not numbers or not set(numbers) <= set(QUESTION_KINDS): raise ValueError(f'kinds must be some of {QUESTION_KINDS}, got {kinds!r}')
+    if min(numbers.values()) < 0: raise ValueError(f'the number of questions must not be negative, got {numbers}')
     parts = []
     for kind, number in numbers.items(): parts += _kind_questions(scenes, kind, number, seed, block)
     names = {'existence': ('no', 'yes'), 'relation': ('no', 'yes'), 'colour': SLOT_VALUES['colour'], 'shape': SLOT_VALUES['shape']}
@@ -213,7 +214,7 @@ def _kind_questions(scenes, kind, number, seed, block):
         barren = 0 if keep else barren + 1
         if barren > 20: raise ValueError(f'{len(scenes)} scenes are too few for balanced questions of kind {kind!r}: no form was found that has every answer among them')
         parts.append((kind, texts[:keep], code[:keep], scene[:keep] + low, group[:keep], np.stack(form, 1)[:keep].astype(np.int8))); found += keep
-    return parts
+    return parts or [(kind, [], *np.zeros((3, 0), np.int64), np.zeros((0, 11), np.int8))]
 
 # %% ../../nbs/19_data.questions.ipynb #137ff85c
 def scene_answers(
@@ -228,7 +229,7 @@ def scene_answers(
         out.append(None if code < 0 else str(code) if kind == 'count' else names[kind][code])
     return out
 
-# %% ../../nbs/19_data.questions.ipynb #239fc7bf
+# %% ../../nbs/19_data.questions.ipynb #23457a51
 _MARKS = (';', '/', '[', ']', '"', '{', '}', '(', ')', '=', '+', '\\', '_', '-', '>', '<', '@', '`', ',', '?', '!')
 _NUMBERS = {'none': '0'} | {word: str(i) for i, word in enumerate('zero one two three four five six seven eight nine ten'.split())}
 _SHORT = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am
@@ -242,7 +243,7 @@ _STOP, _COMMA = re.compile(r'\.(?!\d)'), re.compile(r'\d,\d')
 def strip_punctuation(
     answer:str, # any answer
 )->str: # without the marks
-    "The evaluator's first step."
+    "The first step of the official evaluator (GT-Vision-Lab/VQA, `vqaEval.py` at c4e6a0e), `processPunctuation` there."
     comma, out = _COMMA.search(answer) is not None, answer
     for mark in _MARKS: out = out.replace(mark, '' if comma or mark + ' ' in answer or ' ' + mark in answer else ' ')
     return _STOP.sub('', out, count=32)
@@ -250,17 +251,17 @@ def strip_punctuation(
 def normalise_answer(
     answer:str, # any answer
 )->str: # as the evaluator counts it
-    "Both steps: what is done to predictions, and to answers before they are counted for a vocabulary."
+    "Outer whitespace stripped, then both steps of the official evaluator (GT-Vision-Lab/VQA, `vqaEval.py` at c4e6a0e): what is done to predictions, and to answers before they are counted for a vocabulary."
     words = (_NUMBERS.get(w, w) for w in strip_punctuation(answer.replace('\n', ' ').replace('\t', ' ').strip()).lower().split())
     return ' '.join(_CONTRACTIONS.get(w, w) for w in words if w not in ('a', 'an', 'the'))
 
 def judged_answers(
     answers:tuple[str,...], # what annotators said to one question
 )->tuple[str,...]: # as a prediction is compared with them
-    "What the evaluator does to the annotators' answers: the first step, and that only where they differ."
+    "What the official evaluator (c4e6a0e) does to the annotators' answers: the first step, and that only where they differ."
     return answers if len(set(answers)) < 2 else tuple(strip_punctuation(a) for a in answers)
 
-# %% ../../nbs/19_data.questions.ipynb #275216e7
+# %% ../../nbs/19_data.questions.ipynb #305216e7
 def answer_vocabulary(
     questions:Questions, # labelled
     min_count:int=9, # questions that an answer must be the most frequent one of
@@ -288,13 +289,13 @@ def answer_targets(
     plain = tuple(normalise_answer(a) for a in answers)
     return answer_scores(plain) if weights == 'soft' else {a: n / len(plain) for a, n in Counter(plain).items()}
 
-# %% ../../nbs/19_data.questions.ipynb #3120b91e
+# %% ../../nbs/19_data.questions.ipynb #34b21b86
 def blind_answers(
     train:Questions, # labelled: what the texts' answers are learned from
     test:Questions, # to answer
 )->list[str]: # (Q,) one for each question, normalised
-    "The best answer to each question text, without a picture."
-    if not train.labelled: raise ValueError(f'{train.source}: the blind baseline learns from answers')
+    "The best answer to each question text, without a picture. `ValueError` where there is nothing to learn from."
+    if not train.labelled or not len(train): raise ValueError(f'{train.source}: the blind baseline learns from answers; give questions that have them')
     by_text, by_kind = defaultdict(Counter), defaultdict(Counter)
     for text, kind, answers in zip(train.text, train.kind, train.answers):
         plain = [normalise_answer(a) for a in answers]
@@ -302,24 +303,39 @@ def blind_answers(
     overall = sum(by_kind.values(), Counter())
     return [(by_text.get(text) or by_kind.get(kind) or overall).most_common(1)[0][0] for text, kind in zip(test.text, test.kind)]
 
-# %% ../../nbs/19_data.questions.ipynb #358c2e11
+# %% ../../nbs/19_data.questions.ipynb #381187bb
 def write_vqa(
-    questions:Questions, # with integer question and image ids
+    questions:Questions, # with integer question and image ids; all of them answered, or none
     folder:str|Path, # where the files go
     split:str='train2014', # data_subtype, and part of the image names
-)->tuple[Path,Path|None]: # questions file, annotations file (None where a question has no answer)
-    "Write a set as VQA v2's own files; pictures as JPEG into `folder/split` where the set holds arrays."
-    if not all(type(i) is int for i in [*questions.question_ids, *questions.image_ids]): raise ValueError('VQA v2 knows integer ids only: number question_ids and image_ids')
+)->tuple[Path,Path|None]: # questions file, annotations file (None where no question has an answer)
+    "Write a set as VQA v2's own files; pictures as JPEG into `folder/split` where the set holds arrays. `ValueError` for a set that these files cannot hold."
+    _check_writable(questions)
     folder, info = Path(folder), dict(info=dict(description='written by vlwb'), license={}, data_subtype=split, data_type='mscoco', task_type='Open-Ended')
     ids = [questions.image_ids[i] for i in questions.image]
     rows = [dict(image_id=i, question=t, question_id=q) for i, t, q in zip(ids, questions.text, questions.question_ids)]
-    path = write_atomic(folder/f'v2_OpenEnded_mscoco_{split}_questions.json', json.dumps(info | dict(questions=rows)))
     if isinstance(questions.images, np.ndarray):
-        (folder/split).mkdir(parents=True, exist_ok=True)
-        for i, pixels in zip(questions.image_ids, questions.images): Image.fromarray(pixels).save(folder/split/f'COCO_{split}_{i:012d}.jpg', quality=95)
+        place = _picture_split(split)
+        for i, pixels in zip(questions.image_ids, questions.images): write_atomic(folder/place/f'COCO_{place}_{i:012d}.jpg', _jpeg(pixels))
+    path = write_atomic(folder/f'v2_OpenEnded_mscoco_{split}_questions.json', json.dumps(info | dict(questions=rows)))
     if not questions.labelled: return path, None
     notes = [_annotation(i, q, a, str(k)) for i, q, a, k in zip(ids, questions.question_ids, questions.answers, questions.kind)]
     return path, write_atomic(folder/f'v2_mscoco_{split}_annotations.json', json.dumps(info | dict(annotations=notes)))
+
+def _check_writable(questions):
+    "`ValueError` that names what VQA v2's files cannot hold."
+    if not len(questions): raise ValueError(f'{questions.source}: no question to write; readers refuse an empty file')
+    if not all(type(i) is int for i in [*questions.question_ids, *questions.image_ids]): raise ValueError('VQA v2 knows integer ids only: number question_ids and image_ids')
+    bare = [n for n, a in enumerate(questions.answers) if not a]
+    if bare and len(bare) < len(questions):
+        raise ValueError(f'question {questions.question_ids[bare[0]]} ({questions.text[bare[0]]!r:.60}) has no answer, as {len(bare)} of {len(questions)} have none: VQA v2 has one annotation a question; '
+                         'answer them, or write the labelled ones alone: questions[[bool(a) for a in questions.answers]]')
+
+def _picture_split(split): return re.sub(r'^test.*', 'test2015', split)                              # all test splits share their pictures
+
+def _jpeg(pixels) -> bytes:
+    out = io.BytesIO(); Image.fromarray(pixels).save(out, 'JPEG', quality=95)
+    return out.getvalue()
 
 def _annotation(image_id, question_id, answers, kind):
     answers, most = answers * 10 if len(answers) == 1 else answers, Counter(answers).most_common(1)[0][0]
@@ -327,9 +343,9 @@ def _annotation(image_id, question_id, answers, kind):
     return dict(question_id=question_id, image_id=image_id, question_type=kind, answer_type=answer_type, multiple_choice_answer=most,
                 answers=[dict(answer=a, answer_confidence='yes', answer_id=n) for n, a in enumerate(answers, 1)])
 
-# %% ../../nbs/19_data.questions.ipynb #368bd964
-def _rows(path, key, needed) -> tuple[dict,list]:
-    "The rows of a VQA file, whole ones and others."
+# %% ../../nbs/19_data.questions.ipynb #3967fe13
+def _rows(path, key) -> tuple[dict,list]:
+    "A VQA file and its rows, whole ones and others."
     data = read_json(path)
     if not isinstance(data, dict) or not isinstance(data.get(key), list):
         raise DataError(f'{path}: no list {key!r} in it; this is not a VQA v2 {key} file' + (' (it looks like the other one of the two)' if isinstance(data, dict) and {'questions', 'annotations'} & set(data) else ''))
@@ -343,14 +359,16 @@ def _fault(row, needed) -> str|None:
         if not isinstance(row[name], kind) or isinstance(row[name], bool): return f'{name!r} must be {kind.__name__}, got {row[name]!r:.60}'
     return None
 
-def _annotations(path, problems, known) -> dict: # question_id -> (answers, types, image_id)
-    "The annotations of known questions, one each."
+def _annotations(path, problems, known, left_out) -> dict: # question_id -> (answers, types)
+    "The annotations of known questions, one each; those of questions that were left out go without a word."
     found = {}
-    for n, row in enumerate(_rows(path, 'annotations', None)[1]):
+    for n, row in enumerate(_rows(path, 'annotations')[1]):
         fault = _fault(row, dict(question_id=int, image_id=int, answers=list))
         if fault is None:
+            if row['question_id'] in left_out - known.keys(): continue
             answers = [a.get('answer') if isinstance(a, dict) else a for a in row['answers']]
             if not answers or not all(isinstance(a, str) for a in answers): fault = "'answers' must be a list of objects with a text 'answer', at least one"
+            elif not all(isinstance(row.get(k), str | None) for k in ('answer_type', 'question_type')): fault = "'answer_type' and 'question_type' must be text"
             elif row['question_id'] in found: fault = f"question_id {row['question_id']} is annotated twice"
             elif row['question_id'] not in known: fault = f"question_id {row['question_id']} is in no question; the two files belong to different splits"
             elif known[row['question_id']] != row['image_id']: fault = f"question_id {row['question_id']} is about image {known[row['question_id']]}, the annotation says {row['image_id']}"
@@ -358,7 +376,7 @@ def _annotations(path, problems, known) -> dict: # question_id -> (answers, type
         found[row['question_id']] = tuple(answers), {k: row.get(k) for k in ('answer_type', 'question_type')}
     return found
 
-# %% ../../nbs/19_data.questions.ipynb #370a03d3
+# %% ../../nbs/19_data.questions.ipynb #40820591
 def read_vqa(
     questions:str|Path, # the questions file
     annotations:str|Path|None=None, # the annotations file; None reads questions without answers (test splits)
@@ -368,27 +386,32 @@ def read_vqa(
     split:str|None=None, # of the picture names; the file's data_subtype when None
     on_error:str='raise', # 'raise' or 'skip'
 )->Questions: # in the file's order
-    "VQA v2 in its published form. `DataError` that names file, row and remedy."
+    "VQA v2 in its published form. `DataError` that names file, row and remedy, and where nothing usable is left."
     if kind not in ('answer_type', 'question_type'): raise ValueError(f"kind must be 'answer_type' or 'question_type', got {kind!r}")
-    problems, known, texts = Problems(on_error), {}, []
-    data, rows = _rows(questions, 'questions', None)
+    problems, known, texts, left_out = Problems(on_error), {}, [], set()
+    data, rows = _rows(questions, 'questions')
     for n, row in enumerate(rows):
         fault = _fault(row, dict(question_id=int, image_id=int, question=str))
         if fault is None and not row['question'].strip(): fault = "'question' is empty"
         if fault is None and row['question_id'] in known: fault = f"question_id {row['question_id']} stands there twice"
-        if fault: problems.add(f'{questions}, question {n}: {fault}; mend or remove it'); continue
+        if fault:
+            problems.add(f'{questions}, question {n}: {fault}; mend or remove it')
+            if isinstance(row, dict) and type(row.get('question_id')) is int: left_out.add(row['question_id'])
+            continue
         known[row['question_id']] = row['image_id']; texts.append(row['question'])
     paths = None if images is None else _pictures(known, images, pattern, split or data.get('data_subtype'), questions, problems)
-    found = {} if annotations is None else _annotations(annotations, problems, known)
+    found = {} if annotations is None else _annotations(annotations, problems, known, left_out)
     return _assembled(known, texts, None if annotations is None else found, annotations, paths, kind, Path(questions).name, problems)
 
 def _pictures(known, images, pattern, split, path, problems) -> dict: # image id -> path, of those that are there
     "Where the pictures are; a missing one is a problem of its questions."
     if '{split}' in pattern and not isinstance(split, str): raise DataError(f"{path}: no 'data_subtype' in it, so the picture names are not known; pass split='val2014' or a pattern without a split")
-    folder, split, paths = Path(images), re.sub(r'^test.*', 'test2015', split or ''), {}
+    folder, split, paths = Path(images), _picture_split(split or ''), {}
     if not folder.is_dir(): raise DataError(f'{folder}: no such folder; pass the folder with the pictures, or images=None')
+    finder = _Finder(folder)
     for i in dict.fromkeys(known.values()):
-        picture = inside(folder, pattern.format(split=split, id=i))
+        try: picture = finder(pattern.format(split=split, id=i))
+        except DataError as e: problems.add(f'{path}, image {i}: {e}; put the picture itself there'); continue
         if picture.is_file(): paths[i] = picture
         else: problems.add(f'{path}: the picture {picture.name} of image {i} is not in {folder}; fetch it')
     return paths

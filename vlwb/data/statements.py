@@ -18,7 +18,7 @@ from .pairs import _Finder, json_rows, open_image, to_rgb
 from .scenes import _NUMBERS, _noun_phrase, _pick
 from .world import COLOURS, RELATIONS, SHAPES, Scenes, relation_holds, render
 
-# %% ../../nbs/19a_data.statements.ipynb #06ee1977
+# %% ../../nbs/19a_data.statements.ipynb #060c3073
 @dataclass(repr=False)
 class Statements:
     "Sentences about M pictures each, in columns."
@@ -55,10 +55,10 @@ class Statements:
         return f'Statements({self.source}: {len(self)} about {self.image.shape[1]} of {self.num_images} pictures each, {told}, {str(self.problems).splitlines()[0].rstrip(":")})'
 
     def __getitem__(self,
-        index, # slice, index array or bool array
+        index, # int, slice, index array or bool array
     )->'Statements': # those, in that order; all pictures stay, so that positions keep their meaning
         "Some of the statements."
-        index = np.arange(len(self))[index]
+        index = np.arange(len(self))[[index] if isinstance(index, (int, np.integer)) else index]
         take = lambda column: [column[i] for i in index]
         return replace(self, text=take(self.text), image=self.image[index], label=self.label[index], group=take(self.group), kind=take(self.kind),
                        statement_ids=take(self.statement_ids), form=None if self.form is None else self.form[index])
@@ -226,10 +226,10 @@ def _draw_pairs(
         pairs.append(pair)
     return pairs
 
-# %% ../../nbs/19a_data.statements.ipynb #15bf5816
+# %% ../../nbs/19a_data.statements.ipynb #15e04a40
 def make_statements(
     scenes:Scenes, # N scenes to speak about
-    n:int, # statements, a multiple of `per_sentence`
+    n:int, # statements, a multiple of `per_sentence`; 0 gives an empty set
     seed:int=0, # equal seeds give equal statements
     kinds:tuple[str,...]=STATEMENT_KINDS, # in turn, so that each is asked equally often
     per_sentence:int=4, # pairs of pictures that each sentence is asked of, half true and half false
@@ -240,6 +240,7 @@ def make_statements(
     unknown = set(kinds) - set(STATEMENT_KINDS)
     if unknown or not kinds: raise ValueError(f'kinds must be some of {STATEMENT_KINDS}, got {kinds}')
     if per_sentence < 2 or per_sentence % 2 or n % per_sentence: raise ValueError(f'per_sentence must be even and n a multiple of it, so that a sentence is as often true as false; got n={n} and per_sentence={per_sentence}')
+    if n < 0: raise ValueError(f'n must not be negative, got {n}')
     if not 0 <= hard <= 1: raise ValueError(f'hard must be in [0,1], got {hard}')
     album, forms, image, barren = _Album(scenes, make_generator(seed), hard), [], [], 0
     while len(forms)*per_sentence < n:
@@ -297,7 +298,7 @@ class _Rows:
         text, image, label, group, kind, ids = (list(c) for c in zip(*self.rows))
         return Statements(text, image, label, group, kind, ids, list(self.place), None if self.root is None else self.files, None, self.path.name, self.problems)
 
-# %% ../../nbs/19a_data.statements.ipynb #27d753a1
+# %% ../../nbs/19a_data.statements.ipynb #271ce84d
 def read_nlvr2(
     path:str|Path, # dev.json, test1.json, train.json: one JSON object a line
     images:str|Path|bool|None=None, # picture folder; the file's own when None; False reads the sentences alone
@@ -311,8 +312,8 @@ def read_nlvr2(
         if not found: raise DataError(f"'identifier' must be split-set-pair-sentence, such as dev-850-0-0, got {row.get('identifier')!r}")
         split, number, pair, sentence = found.groups()
         names = [f'{split}-{number}-{pair}-img{side}.png' for side in (0, 1)]
-        part = str(row['directory']) if 'directory' in row else '.'
-        options = lambda name: [name, f'{part}/{name}', f'{split}/{name}', f'{split}/{part}/{name}', f'images/{split}/{part}/{name}', f'images/{name}']
+        part = f"{row['directory']}/" if 'directory' in row else ''
+        options = lambda name: [part + name, name, f'{split}/{name}', f'{split}/{part}{name}', f'images/{split}/{part}{name}', f'images/{name}']
         rows.add(where, row, found[0], f'{split}-{number}-{sentence}', '', [(name, options(name)) for name in names])
     return rows.read(add)
 
@@ -360,7 +361,7 @@ def as_boxes(
     ids = [f'{name}#{k}' for name in statements.image_ids for k in range(3)]
     return replace(statements, image=statements.image*3 + np.arange(3), image_ids=ids, images=boxes.reshape(-1, size, size, 3))
 
-# %% ../../nbs/19a_data.statements.ipynb #363c6130
+# %% ../../nbs/19a_data.statements.ipynb #362c3a80
 def fold_of(
     statements:Statements, # S statements
     folds:int=2, # parts of about equal size
@@ -370,6 +371,7 @@ def fold_of(
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
     s, marks = len(statements), []
+    if not 1 <= folds <= s: raise ValueError(f'{s} statements cannot be dealt to folds={folds}: give more statements, or ask for fewer folds')
     for names in ([t.lower() for t in statements.text], statements.group, *statements.image.T.tolist()): marks.append(names)
     pictures = {('picture', p) for column in marks[2:] for p in column}
     node = {name: s + i for i, name in enumerate(dict.fromkeys([('text', t) for t in marks[0]] + [('group', g) for g in marks[1]] + sorted(pictures)))}

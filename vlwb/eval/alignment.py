@@ -6,22 +6,22 @@
 __all__ = ['FIGURES', 'AlignmentSpec', 'alignment_spec', 'document_sets', 'document_start', 'alignment_folder', 'run_alignment',
            'load_aligner', 'run_alignments']
 
-# %% ../../nbs/66b_eval.alignment.ipynb #02c49320
+# %% ../../nbs/66b_eval.alignment.ipynb #024cfe03
 import json, time
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 import torch
 from ..core import cache_folder, write_atomic
 from ..data.documents import DocumentConfig, Documents, make_documents
-from .downstream import Start, caption_words, pretrained_spec, start_from
+from .downstream import Start, caption_words, pretrained_spec, run_missing, start_from
 from .staged import StagedSpec
-from .study import map_specs, run_name
+from .study import run_name
 from ..models.alignment import AlignmentModel, align_documents
 from ..train.alignment import (ALIGNMENT_PRESETS, AlignmentPreset, KnownWords, alignment_figures, grid_features, images_of, reference_figures, retrieval_figures,
                                   target_figures, train_alignment)
 from ..train.backbone import BackboneConfig
 
-# %% ../../nbs/66b_eval.alignment.ipynb #049b31b6
+# %% ../../nbs/66b_eval.alignment.ipynb #040f5d94
 @dataclass(frozen=True)
 class AlignmentSpec:
     "Everything that decides a result."
@@ -31,7 +31,7 @@ class AlignmentSpec:
     test:int=500 # documents judged
     config:DocumentConfig=DocumentConfig() # what they are made of
     seed:int=0 # of the documents
-    version:int=1 # raised when the code changes what a description means
+    version:int=2 # raised when the code changes what a description means
 
     @property
     def backbone(self)->BackboneConfig: # how pictures are seen
@@ -48,10 +48,10 @@ def alignment_spec(
     if not full: preset = replace(preset, train=replace(preset.train, steps=3, checkpoint_every=0), batch_size=4)
     return AlignmentSpec(pretrained_spec(method, seed, full), preset, seed=seed, **({} if full else dict(train=24, test=12)))
 
-# %% ../../nbs/66b_eval.alignment.ipynb #06e076dd
+# %% ../../nbs/66b_eval.alignment.ipynb #069baf37
 @lru_cache(maxsize=2)
 def _documents(train, test, config, seed):
-    return make_documents(train, seed, 'train', config), make_documents(test, seed, 'test', config)
+    return make_documents(train, seed, 'train', config), make_documents(test, seed + 50_000, 'test', config)   # other test documents than those on which the recipe was tried
 
 def document_sets(
     spec:AlignmentSpec, # any
@@ -68,7 +68,7 @@ def document_start(
 def alignment_folder(spec:AlignmentSpec): # where its model and result are kept
     return cache_folder('tasks', 'alignment', run_name(spec))
 
-# %% ../../nbs/66b_eval.alignment.ipynb #07a130e2
+# %% ../../nbs/66b_eval.alignment.ipynb #07746d80
 FIGURES = 'exact', 'coarse', 'fine', 'favourite', 'reference', 'other', 'kept' # of `alignment_figures`
 
 def run_alignment(
@@ -105,6 +105,5 @@ def run_alignments(
     processes:int|None=None, # as `eval.study.map_specs` takes it
 )->list[dict]: # results in the order of specs
     "Many of them side by side; what is kept is read."
-    missing = [s for s in {run_name(s): s for s in specs}.values() if not (alignment_folder(s)/'result.json').exists()]
-    map_specs(run_alignment, sorted(missing, key=lambda s: s.seed), processes, 'alignments')
-    return [run_alignment(s) for s in specs]
+    found = dict(zip(ordered := sorted(set(specs), key=lambda s: s.seed), run_missing(run_alignment, ordered, alignment_folder, processes, 'alignments')))   # a seed's runs share their documents
+    return [found[s] for s in specs]

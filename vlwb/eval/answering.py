@@ -4,27 +4,27 @@
 
 # %% auto #0
 __all__ = ['vqa_accuracy', 'answer_questions', 'accuracy_by_kind', 'majority_accuracy', 'answering_figures', 'write_results',
-           'read_results', 'AnswerSpec', 'answer_spec', 'Features', 'question_sets', 'sets_of', 'answers_folder',
-           'named_scenes', 'seeing_limit', 'run_answering', 'answering_results']
+           'read_results', 'AnswerSpec', 'answer_spec', 'question_sets', 'sets_of', 'answers_folder', 'seeing_limit',
+           'run_answering', 'answering_results']
 
-# %% ../../nbs/67_eval.answering.ipynb #022b8c46
+# %% ../../nbs/67_eval.answering.ipynb #02e4c404
 import json, shutil, time
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 from ..core import DataError, cache_folder, config_hash, write_atomic
+from ..data.inputs import TensorImages
 from ..data.pairs import read_json
 from ..data.questions import QUESTION_KINDS, Questions, answer_vocabulary, blind_answers, judged_answers, make_questions, normalise_answer, scene_answers
 from ..data.world import SceneConfig, Scenes, make_scenes
-from .downstream import pretrained_spec, start_from
+from .downstream import named_scenes, pretrained_spec, run_missing, start_from
 from .staged import StagedSpec
-from .study import get_backbone, map_specs
+from .study import get_backbone
 from ..models.answering import AnswerModel
 from ..train.answering import ANSWERING, AnsweringConfig, train_answering
 from ..train.backbone import BackboneConfig, GridBackbone, scene_pixels
@@ -36,7 +36,7 @@ def vqa_accuracy(
 )->float: # in [0,1]
     "Official accuracy of one answer: the mean over all sets that leave one annotator out. `ValueError` where there is nobody to agree with."
     if not answers: raise ValueError('no answers to judge by: this question is not labelled')
-    said, given = normalise_answer(prediction), judged_answers(tuple(a.replace('\n', ' ').replace('\t', ' ').strip() for a in answers))
+    said, given = normalise_answer(prediction), judged_answers(answers)
     if len(given) == 1: return float(said == normalise_answer(given[0]))
     agree = np.array([a == said for a in given])
     return float(np.minimum(1., (agree.sum() - agree) / 3).mean())
@@ -132,7 +132,7 @@ def read_results(
     if missing: raise DataError(f'{path}: {len(missing)} questions have no answer, the first is question_id {missing[0]}; answer all of the split')
     return [found[i] for i in questions.question_ids]
 
-# %% ../../nbs/67_eval.answering.ipynb #208bd74d
+# %% ../../nbs/67_eval.answering.ipynb #20c669cc
 @dataclass(frozen=True)
 class AnswerSpec:
     "Everything that decides a run."
@@ -170,14 +170,7 @@ def answer_spec(
     if not full: config = replace(config, train=replace(config.train, steps=6, checkpoint_every=0), batch_size=16)
     return AnswerSpec(start, method == 'fresh', scrambled, config, seed=seed, **small)
 
-# %% ../../nbs/67_eval.answering.ipynb #21e011ec
-class Features(NamedTuple):
-    "Backbone features of scenes, with the call that sets of images have."
-    features:Tensor # (N,D)
-
-    def images_at(self, index)->Tensor: # (B,D)
-        return self.features[torch.as_tensor(index)]
-
+# %% ../../nbs/67_eval.answering.ipynb #212cb723
 @lru_cache(maxsize=2)
 def question_sets(
     world:SceneConfig, # which shapes, colours, objects
@@ -188,18 +181,18 @@ def question_sets(
     judged_scenes:int, # of val and of test
     judged:int, # of each kind, on val and test
     seed:int, # of all of it
-)->dict[str,tuple[Questions,Features,Scenes]]: # 'train', 'val', 'test'
+)->dict[str,tuple[Questions,TensorImages,Scenes]]: # 'train', 'val', 'test'
     "Questions about scenes of the three splits."
     out, eyes = {}, get_backbone(backbone)
     for split, n in dict(train=scenes, val=judged_scenes, test=judged_scenes).items():
-        s = make_scenes(n, seed=seed + 930_000, config=world, split=split)
+        s = make_scenes(n, seed=seed + 930_000, config=world, split=split)            # other scenes than those on which the recipe was tried
         numbers = {k: judged if split != 'train' else relations if k == 'relation' else questions for k in QUESTION_KINDS}
-        out[split] = make_questions(s, seed=seed, kinds=numbers), Features(eyes.encode(scene_pixels(s, eyes.image_size))), s
+        out[split] = make_questions(s, seed=seed, kinds=numbers), TensorImages(eyes.encode(scene_pixels(s, eyes.image_size))), s
     return out
 
 def sets_of(
     spec:AnswerSpec, # a run
-)->dict[str,tuple[Questions,Features,Scenes]]: # 'train', 'val', 'test'
+)->dict[str,tuple[Questions,TensorImages,Scenes]]: # 'train', 'val', 'test'
     "What a run learns from and is judged on."
     return question_sets(spec.world, spec.backbone, spec.scenes, spec.questions, spec.relations, spec.judged_scenes, spec.judged, spec.seed)
 
@@ -208,32 +201,17 @@ def answers_folder(
 )->Path: # where its model, log and result are kept
     return cache_folder('tasks', 'answering', config_hash(spec))
 
-# %% ../../nbs/67_eval.answering.ipynb #23ca1b9c
-@torch.inference_mode()
-def named_scenes(
-    backbone:GridBackbone, # trained
-    scenes:Scenes, # N scenes
-)->Scenes: # the same, as the backbone names them among the world's own shapes, colours and sizes
-    "Scenes as a backbone sees them."
-    logits = [torch.cat(x) for x in zip(*(backbone(p.float() / 127.5 - 1) for p in scene_pixels(scenes, backbone.image_size).split(500)))]
-    column, row = (torch.from_numpy(np.maximum(c, 0).astype(np.int64)) for c in scenes.cell)
-    codes, n = [], torch.arange(len(scenes))[:,None]
-    for slot, x in zip(('shape', 'colour', 'size'), logits):
-        known = scenes.config.values(slot).astype(np.int64)
-        best = x[:,known + (slot == 'shape')][n,:,row,column].argmax(-1).numpy()                     # class 0 of shapes is an empty cell
-        codes.append(np.where(scenes.mask, known[best], -1).astype(np.int8))
-    return Scenes(codes[2], codes[1], codes[0], scenes.x, scenes.y, scenes.look, scenes.config)
-
+# %% ../../nbs/67_eval.answering.ipynb #239f8b1f
 def seeing_limit(
     questions:Questions, # made about the scenes
     scenes:Scenes, # N scenes
     backbone:GridBackbone, # how they are seen
 )->dict[str,float]: # kind -> percent; 'all' over the questions
     "What perfect reasoning reaches from what the backbone names; where a description fits nothing or several things, the answer counts as wrong."
-    said = scene_answers(named_scenes(backbone, scenes), questions)
+    said = scene_answers(named_scenes(backbone, scenes, 'told'), questions)
     return accuracy_by_kind(questions, [a or '' for a in said])
 
-# %% ../../nbs/67_eval.answering.ipynb #2409e216
+# %% ../../nbs/67_eval.answering.ipynb #24ea1f7a
 def _start(spec, train) -> tuple:
     "Model and tokeniser of a run's start."
     start = start_from(spec.start, train.text + answer_vocabulary(train, 1), seed=spec.config.train.seed, fresh=spec.fresh)
@@ -264,6 +242,4 @@ def answering_results(
     processes:int|None=None, # as `eval.study.run_all` takes it
 )->list[dict]: # results in the order of specs
     "Many runs side by side; what is kept is read."
-    missing = [s for s in {config_hash(s): s for s in specs}.values() if not (answers_folder(s)/'result.json').exists()]
-    map_specs(run_answering, missing, processes, 'answering')
-    return [run_answering(s) for s in specs]
+    return run_missing(run_answering, specs, answers_folder, processes, 'answering')

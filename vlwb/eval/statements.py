@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['STARTS', 'accuracy_and_consistency', 'judge_statements', 'figures_of', 'statement_figures', 'majority_baseline',
-           'text_baseline', 'named_scenes', 'seen_truth', 'StatementSpec', 'statement_spec', 'scene_statements',
-           'statement_words', 'train_statement_spec', 'statements_folder', 'run_statements', 'load_statement_model',
-           'results_of', 'NlvrSpec', 'nlvr_start', 'nlvr_set', 'run_nlvr']
+           'text_baseline', 'seen_truth', 'StatementSpec', 'statement_spec', 'scene_statements', 'statement_words',
+           'train_statement_spec', 'statements_folder', 'run_statements', 'load_statement_model', 'statement_results',
+           'NlvrSpec', 'nlvr_start', 'nlvr_set', 'run_nlvr']
 
-# %% ../../nbs/67a_eval.statements.ipynb #0281d8b3
+# %% ../../nbs/67a_eval.statements.ipynb #02aac6bd
 import json, time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from itertools import combinations
 from pathlib import Path
 import numpy as np
 import torch
@@ -20,12 +21,13 @@ from torch import Tensor
 from ..core import cache_folder, data_folder, seed_everything, write_atomic
 from ..data.inputs import WordTokenizer
 from ..data.statements import RELATIONAL, STATEMENT_KINDS, Statements, as_boxes, fold_of, make_statements, read_nlvr, statement_holds
-from ..data.world import GRID, SIZES, Scenes, make_scenes, scenes_from_records
-from .downstream import METHODS, pretrained_spec, start_from
-from .study import get_backbone, map_specs, run_name
+from ..data.world import SIZES, Scenes, make_scenes
+from .downstream import METHODS, named_scenes, pretrained_spec, run_missing, start_from
+from .study import get_backbone, run_name
 from ..models.albef import AlbefModel
 from ..models.two_images import TwoImageModel
 from ..models.vocabulary import extend_vocabulary
+from ..train.alignment import KnownWords
 from ..train.backbone import BackboneConfig, GridBackbone, scene_pixels
 from ..train.loop import TrainConfig
 from ..train.statements import STATEMENT_PRESETS, Pictures, StatementPreset, StatementSet, train_statements
@@ -84,7 +86,7 @@ def statement_figures(
     "Judge a model on statements."
     return figures_of(judge_statements(model, tokenizer, statements, images, batch_size, blank), statements)
 
-# %% ../../nbs/67a_eval.statements.ipynb #11e99dc0
+# %% ../../nbs/67a_eval.statements.ipynb #1175d308
 def majority_baseline(
     train:Statements, # labelled
     test:Statements, # to answer
@@ -107,22 +109,7 @@ def text_baseline(
     reader = make_pipeline(CountVectorizer(ngram_range=(1, 2), binary=True), LogisticRegression(max_iter=1000))
     return reader.fit([train.text[i] for i in known], train.label[known]).predict_proba(test.text)[:,1].astype(np.float32)
 
-# %% ../../nbs/67a_eval.statements.ipynb #153f47b6
-@torch.inference_mode()
-def named_scenes(
-    backbone:GridBackbone, # trained
-    scenes:Scenes, # N scenes
-)->Scenes: # the same, as the backbone names them: one object in the middle of each cell that it takes for full
-    "Scenes as the frozen backbone sees them; it may name what the scenes' world has, and nothing else."
-    c, images = scenes.config, scene_pixels(scenes, backbone.image_size)
-    shape, colour, size = (torch.cat(x) for x in zip(*(backbone(i.float().div_(127.5).sub_(1.)) for i in images.split(500))))
-    best = lambda logits, slot, first: torch.from_numpy(c.values(slot).astype(np.int64))[logits[:,first + torch.from_numpy(c.values(slot).astype(np.int64))].argmax(1)]
-    full = shape.argmax(1).ne(0).flatten(1).numpy()
-    codes = [np.where(full, best(x, slot, first).flatten(1).numpy(), -1).astype(np.int8) for x, slot, first in ((size, 'size', 0), (colour, 'colour', 0), (shape, 'shape', 1))]
-    middle = scenes_from_records([dict(objects=[dict(size=c.sizes[0], colour=c.colours[0], shape=c.shapes[0], column=k % GRID, row=k // GRID) for k in range(GRID*GRID)])])
-    place = [np.where(full, p, 0).astype(np.float32) for p in (middle.x, middle.y)]
-    return Scenes(*codes, *place, scenes.look, c)
-
+# %% ../../nbs/67a_eval.statements.ipynb #15763826
 def seen_truth(
     backbone:GridBackbone, # the eyes
     scenes:Scenes, # what the statements are about
@@ -130,7 +117,7 @@ def seen_truth(
 )->np.ndarray: # (S,) 1. or 0., what a faultless judge with these eyes says
     return statement_holds(named_scenes(backbone, scenes), statements.form, statements.image).astype(np.float32)
 
-# %% ../../nbs/67a_eval.statements.ipynb #18cd0c5c
+# %% ../../nbs/67a_eval.statements.ipynb #187b1734
 @dataclass(frozen=True)
 class StatementSpec:
     "Everything that decides a result in the scenes world."
@@ -146,7 +133,7 @@ class StatementSpec:
     first_steps:int=500 # updates of the first lesson
     first_kinds:tuple[str,...]=('one', 'both', 'count') # what it is about
     preset:StatementPreset=STATEMENT_PRESETS['nlvr2-tiny'] # of the second
-    version:int=1 # raised when the code changes what a description means
+    version:int=2 # raised when the code changes what a description means
 
     def __post_init__(self):
         if self.start not in (*METHODS, 'fresh'): raise ValueError(f"start must be one of {(*METHODS, 'fresh')}, got {self.start!r}")
@@ -179,8 +166,8 @@ def scene_statements(
 )->tuple[Statements,Tensor,Scenes]: # statements, the scenes' features, the scenes
     "Statements about scenes of a split, as a run sees them."
     backbone = get_backbone(spec.backbone)
-    drawn = make_scenes(scenes, seed=spec.seed + 700_000, config=replace(spec.pretrained.world.config, sizes=sizes or spec.sizes), split=split)
-    return make_statements(drawn, statements, spec.seed, kinds), backbone.encode(scene_pixels(drawn, backbone.image_size)), drawn
+    drawn = make_scenes(scenes, seed=spec.seed + (700_000 if split == 'train' else 730_000), config=replace(spec.pretrained.world.config, sizes=sizes or spec.sizes), split=split)
+    return make_statements(drawn, statements, spec.seed + (0 if split == 'train' else 30_000), kinds), backbone.encode(scene_pixels(drawn, backbone.image_size)), drawn
 
 def statement_words()->list[str]: # sentences with every word that statements use
     "What a tokeniser has to know, the same for all seeds."
@@ -235,17 +222,17 @@ def load_statement_model(
     if not (statements_folder(spec)/'result.json').exists(): run_statements(spec)
     return TwoImageModel.from_pretrained(folder), WordTokenizer.load(folder)
 
-# %% ../../nbs/67a_eval.statements.ipynb #2002a2d8
-def results_of(
-    function:Callable, # `run_statements` or `run_nlvr`
-    specs:list, # in any order
+# %% ../../nbs/67a_eval.statements.ipynb #203dfc16
+def statement_results(
+    specs:list, # StatementSpecs or NlvrSpecs, in any order, repeats allowed
     processes:int|None=None, # as `eval.study.run_all` takes it
 )->list[dict]: # results in the order of specs
     "Many of them side by side; what is kept is read."
-    map_specs(function, [s for s in specs if not (statements_folder(s)/'result.json').exists()], processes, 'statements')
-    return [function(s) for s in specs]
+    return run_missing(_run, specs, statements_folder, processes, 'statements')
 
-# %% ../../nbs/67a_eval.statements.ipynb #24e55ebc
+def _run(spec): return run_statements(spec) if isinstance(spec, StatementSpec) else run_nlvr(spec)
+
+# %% ../../nbs/67a_eval.statements.ipynb #2481c49e
 @dataclass(frozen=True)
 class NlvrSpec:
     "Everything that decides a result on NLVR."
@@ -254,12 +241,14 @@ class NlvrSpec:
     folds:int=2 # parts of the set; one is held out
     held_out:int=0 # which
     blank:bool=False # trained and judged on blank pictures
+    learn:bool=True # False: nothing of NLVR is learned; what statements about scenes taught judges pairs of boxes
     full:bool=True # False: a miniature
     preset:StatementPreset=StatementPreset('nlvr', TrainConfig(steps=240, lr=3e-4, weight_decay=0.05, device='cpu'), 32)
-    version:int=1 # raised when the code changes what a description means
+    version:int=2 # raised when the code changes what a description means
 
     def __post_init__(self):
         if self.start not in (*METHODS, 'fresh', 'statements'): raise ValueError(f"start must be one of {(*METHODS, 'fresh', 'statements')}, got {self.start!r}")
+        if not self.learn and self.start != 'statements': raise ValueError(f"only a start from 'statements' can judge without learning, got {self.start!r}")
         if not 0 <= self.held_out < self.folds: raise ValueError(f'held_out must be in 0..{self.folds-1}, got {self.held_out}')
 
     @property
@@ -290,9 +279,25 @@ def nlvr_set(
     boxes = as_boxes(read_nlvr(folder/'nlvr_dev'/'pairs.jsonl'), eyes.image_size)
     return boxes, eyes.encode(torch.from_numpy(boxes.images).permute(0, 3, 1, 2).contiguous())
 
+def _taught_nlvr(spec, train, features):
+    "A judge of three boxes that learned the training folds."
+    albef, tokenizer = nlvr_start(spec, train.text)
+    seed_everything(spec.seed)
+    model = TwoImageModel.from_albef(albef, images=3, merge=spec.preset.merge, shared=spec.preset.shared)
+    preset = replace(spec.preset, train=replace(spec.preset.train, seed=spec.seed, steps=spec.preset.train.steps if spec.full else 2))
+    train_statements(model, tokenizer, train, features, preset, blank=spec.blank, progress=False)
+    return lambda some: judge_statements(model, tokenizer, some, features, blank=spec.blank)
+
+def _untaught_nlvr(spec, train, features):
+    "A judge of two pictures, asked about each pair of boxes."
+    model, had = load_statement_model(statement_spec('infonce', spec.seed % STARTS, spec.full))
+    reads = lambda some: KnownWords(had.extended(some.text), had.vocab_size)
+    pair = lambda some, two: judge_statements(model, reads(some), replace(some, image=some.image[:,list(two)]), features, blank=spec.blank)
+    return lambda some: np.mean([pair(some, two) for two in combinations(range(3), 2)], axis=0)
+
 def run_nlvr(
     spec:NlvrSpec, # what is asked
-)->dict: # 'test' figures of the model; 'majority' and 'text', baselines on the same fold; core seconds
+)->dict: # 'test' figures of the model; 'train', its accuracy on what it learned; 'majority' and 'text', baselines on the same fold; core seconds of learning
     "Train on all folds but one, judge on that one, or read what was kept."
     path = statements_folder(spec)/'result.json'
     if path.exists(): return json.loads(path.read_text())
@@ -302,12 +307,8 @@ def run_nlvr(
     fold = fold_of(statements, spec.folds, spec.seed)
     train, test = statements[fold != spec.held_out], statements[fold == spec.held_out]
     begin = time.process_time()
-    albef, tokenizer = nlvr_start(spec, train.text)
-    seed_everything(spec.seed)
-    model = TwoImageModel.from_albef(albef, images=3)
-    preset = replace(spec.preset, train=replace(spec.preset.train, seed=spec.seed, steps=spec.preset.train.steps if spec.full else 2))
-    log = train_statements(model, tokenizer, train, features, preset, blank=spec.blank, progress=False)
-    out = dict(test=statement_figures(model, tokenizer, test, features, blank=spec.blank), train=statement_figures(model, tokenizer, train, features, blank=spec.blank)['accuracy'],
-               majority=figures_of(majority_baseline(train, test), test), text=figures_of(text_baseline(train, test), test), seconds=round(time.process_time() - begin, 1), spec=asdict(spec))
+    judged = (_taught_nlvr if spec.learn else _untaught_nlvr)(spec, train, features)
+    seconds = time.process_time() - begin
+    out = dict(test=figures_of(judged(test), test), train=figures_of(judged(train), train)['accuracy'], majority=figures_of(majority_baseline(train, test), test), text=figures_of(text_baseline(train, test), test), seconds=round(seconds, 1), spec=asdict(spec))
     write_atomic(path, json.dumps(out))
     return json.loads(path.read_text())

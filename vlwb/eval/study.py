@@ -197,9 +197,9 @@ class RunSpec:
 def chosen(
     config, # a dataclass whose fields all have defaults
 )->dict: # field -> value, fields that have their default left out
-    "What a description says beyond the defaults."
+    "What a description says beyond the defaults; a version above 1 is always said, as results of another version are others."
     given = {f.name: (getattr(config, f.name), f.default) for f in fields(config)}
-    return {name: chosen(value) if is_dataclass(value) else value for name, (value, default) in given.items() if value != default}
+    return {name: chosen(value) if is_dataclass(value) else value for name, (value, default) in given.items() if value != default or (name == 'version' and value != 1)}
 
 def run_name(
     spec, # a RunSpec, or any such description

@@ -9,7 +9,7 @@ __all__ = ['ROUGE', 'SITA_PRESETS', 'rouge_each', 'rouge', 'image_precision', 'm
            'summarise_document', 'SummarySpec', 'summary_spec', 'summary_folder', 'run_summary', 'run_summaries',
            'load_sita']
 
-# %% ../../nbs/67b_eval.summaries.ipynb #026360e4
+# %% ../../nbs/67b_eval.summaries.ipynb #024d0fa3
 import json, time
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -21,12 +21,13 @@ from ..core import DataError, cache_folder, config_hash, make_generator, write_a
 from ..data.documents import DocumentResult, Documents
 from ..data.inputs import load_tokenizer
 from ..data.pairs import read_json
-from .alignment import AlignmentSpec, alignment_folder, alignment_spec, document_sets, document_start, load_aligner, run_alignment
-from .study import map_specs, run_name
+from .alignment import AlignmentSpec, alignment_spec, document_sets, document_start, load_aligner, run_alignments
+from .downstream import caption_words, run_missing
+from .study import run_name
 from ..models.albef import AlbefModel
 from ..models.alignment import AlignmentModel, align_documents, retrieval_scores
 from ..models.summariser import Summariser
-from ..train.alignment import ALIGNMENT_PRESETS, AlignmentPreset, grid_features, images_of, share_right, train_alignment
+from ..train.alignment import ALIGNMENT_PRESETS, AlignmentPreset, KnownWords, grid_features, images_of, share_right, train_alignment
 from ..train.backbone import BackboneConfig
 from ..train.summaries import SOURCES, SUMMARY_PRESETS, SummaryPreset, chosen_captions, fresh_summariser, train_short, train_summaries, write_summaries
 
@@ -202,7 +203,7 @@ SITA_PRESETS = {p.name: p for p in (
     SitaPreset('sita', ALIGNMENT_PRESETS['msmo'], SUMMARY_PRESETS['sita']),
     SitaPreset('sita-tiny', ALIGNMENT_PRESETS['tiny-documents'], SUMMARY_PRESETS['sita-tiny']))}
 
-# %% ../../nbs/67b_eval.summaries.ipynb #20892488
+# %% ../../nbs/67b_eval.summaries.ipynb #20fb5f03
 @dataclass
 class Sita:
     "A trained SITA: what it knows, and how it writes."
@@ -212,6 +213,11 @@ class Sita:
     tokenizer:object # of retriever and aligner, and of the summariser where it has none of its own
     preset:SitaPreset # how it was trained and how it writes
     writer:object|None=None # tokeniser of the summariser: a published BART brings its own
+    known_words:int|None=None # ids from here on are new to the retriever, which does not read them; None: it knows all
+
+    @property
+    def reads(self): # the tokeniser of the retriever
+        return self.tokenizer if self.known_words is None else KnownWords(self.tokenizer, self.known_words)
 
     @property
     def words(self): # the tokeniser of the summariser
@@ -226,7 +232,7 @@ class Sita:
         for name in ('retriever', 'aligner', 'summariser'): getattr(self, name).save_pretrained(folder/name)
         for name, tokenizer in (('tokenizer', self.tokenizer), ('writer', self.writer)):
             if tokenizer is not None: (folder/name).mkdir(exist_ok=True); tokenizer.save(folder/name)
-        write_atomic(folder/'sita.json', json.dumps(dict(form='vlwb.Sita', preset=asdict(self.preset)), indent=2))
+        write_atomic(folder/'sita.json', json.dumps(dict(form='vlwb.Sita', preset=asdict(self.preset), known_words=self.known_words), indent=2))
         return folder
 
     @classmethod
@@ -240,7 +246,7 @@ class Sita:
         try: preset = _preset(record['preset'])
         except (KeyError, TypeError, ValueError) as e: raise DataError(f'{folder}/sita.json is not what Sita.save_pretrained writes ({e})') from e
         return cls(AlbefModel.from_pretrained(folder/'retriever'), AlignmentModel.from_pretrained(folder/'aligner'), Summariser.from_pretrained(folder/'summariser'), load_tokenizer(folder/'tokenizer'), preset,
-                   load_tokenizer(folder/'writer') if (folder/'writer').is_dir() else None)
+                   load_tokenizer(folder/'writer') if (folder/'writer').is_dir() else None, record.get('known_words'))
 
     def to(self,
         device, # where
@@ -259,7 +265,7 @@ def _made(kind, values):
 
 def _preset(values): return _made(SitaPreset, values)
 
-# %% ../../nbs/67b_eval.summaries.ipynb #22ea87c6
+# %% ../../nbs/67b_eval.summaries.ipynb #226b3cd8
 def train_sita(
     start:AlbefModel, # pre-trained, with room for the documents' words; stays as it is
     tokenizer, # of it
@@ -269,15 +275,17 @@ def train_sita(
     known_words:int|None=None, # ids from here on are new to the start: the retriever does not read them; None: it knows all
     folder:str|Path|None=None, # checkpoints of every stage below it, and the finished SITA; a run found here goes on
     progress:bool=True, # show the bars
+    identity:dict|None=None, # JSON-able: what else makes this run this run
 )->Sita: # in evaluation mode
     "Reference captions, alignment, pseudo captions of the training documents, summariser."
     place = lambda stage: None if folder is None else Path(folder)/stage
-    aligner = train_alignment(start, tokenizer, documents, images, preset.alignment, known_words, place('stages/alignment'), progress=progress).model
+    aligner = train_alignment(start, tokenizer, documents, images, preset.alignment, known_words, place('stages/alignment'), progress=progress, identity=identity).model
     picked = None
     if preset.source == 'pseudo': picked = [a.sentence for a in align_documents(aligner, documents.sentences, images_of(documents, images), tokenizer)]
     writer = None if preset.summaries.start is None else load_tokenizer(preset.summaries.start, max_length=128)
-    summariser, _ = train_summaries(writer or tokenizer, documents, picked, preset.summaries, folder=place('stages/summaries'), progress=progress)
-    sita = Sita(start.eval(), aligner.eval(), summariser, tokenizer, preset, writer)
+    summariser, _ = train_summaries(writer or tokenizer, documents, picked, preset.summaries, folder=place('stages/summaries'), progress=progress, identity=identity)
+    device = next(aligner.parameters()).device
+    sita = Sita(start.eval(), aligner.eval(), summariser, tokenizer, preset, writer, known_words).to(device)
     if folder is not None: sita.save_pretrained(folder)
     return sita
 
@@ -304,9 +312,9 @@ def sita_figures(
     "SITA and the baselines that need no other training, on the same documents."
     aligned, written, scores = sita_output(sita, documents, images)
     summaries, chosen = [w[0] for w in written], [choose_picture(s) for s in scores]
-    plain = plain_captions(sita.retriever, sita.tokenizer, documents, images)
+    plain = plain_captions(sita.retriever, sita.reads, documents, images)
     by_plain = [choose_picture(s) for s in choose_pictures(sita.aligner.albef, sita.tokenizer, documents, plain, summaries)]
-    own = judge_summaries(documents, summaries, chosen) | dict(M_sim=max_similarity(sita.retriever, sita.tokenizer, documents, images, summaries, chosen)['M_sim'])
+    own = judge_summaries(documents, summaries, chosen) | dict(M_sim=max_similarity(sita.retriever, sita.reads, documents, images, summaries, chosen)['M_sim'])
     known = any((c >= 0).any() for c in documents.caption)
     out = {'SITA': own | (dict({'captions right': share_right([a.sentence for a in aligned], documents)}) if known else {}),
            'plain retrieval': dict(IP=image_precision(by_plain, documents.reference)) | (dict({'captions right': share_right(plain, documents)}) if known else {}),
@@ -322,20 +330,20 @@ def summarise_document(
     "One document: pseudo captions with the scores of both passes, summary, picture, and what each word looked at."
     if len(document) != 1: raise ValueError(f'summarise_document takes one document, got {len(document)}; pass documents[i]')
     (aligned,), ((said, words, looked),), (scores,) = sita_output(sita, document, images)
-    plain, = plain_captions(sita.retriever, sita.tokenizer, document, images)
+    plain, = plain_captions(sita.retriever, sita.reads, document, images)
     pictures = [document.load_image(i) for i in document.image[0]] if document.images is not None else [None]*len(document.image[0])
     truth, reference = document.caption[0], document.reference[0]
     return DocumentResult(document.sentences[0], pictures, aligned.coarse, aligned.fine, aligned.sentence, plain, said, np.where(np.isfinite(scores), scores, np.nan), choose_picture(scores), words, looked,
                           document.summary[0] or None, reference if reference.any() else None, truth if (truth >= 0).any() else None, document.title[0])
 
-# %% ../../nbs/67b_eval.summaries.ipynb #2851ba21
+# %% ../../nbs/67b_eval.summaries.ipynb #28b70973
 @dataclass(frozen=True)
 class SummarySpec:
     "Everything that decides a result."
     alignment:AlignmentSpec=AlignmentSpec() # documents, start, pseudo captions
     preset:SummaryPreset=SUMMARY_PRESETS['sita-tiny'] # the training of the summariser
     source:str='pseudo' # captions that it learns from and sees, one of SOURCES
-    version:int=1 # raised when the code changes what a description means
+    version:int=2 # raised when the code changes what a description means
 
     def __post_init__(self):
         if self.source not in SOURCES: raise ValueError(f'source must be one of {SOURCES}, got {self.source!r}')
@@ -360,28 +368,33 @@ def summary_spec(
 def summary_folder(spec:SummarySpec): # where its model and result are kept
     return cache_folder('tasks', 'summaries', run_name(spec))
 
-def _warm(spec, tokenizer, train):
-    "The summariser after short documents, of which a seed has one; the seconds it took."
+def _short_folder(spec):
+    "Where the summariser after short documents is kept: runs that differ in the captions alone share it."
     p, a = spec.preset, spec.alignment
-    about = [asdict(x) for x in (p.model, p.short, a.config)] + [p.short_batch, p.extra, p.extract_weight, p.smoothing, a.train, a.seed, config_hash(tokenizer.words), spec.version]
-    place = cache_folder('tasks', 'short', config_hash(about))
+    return cache_folder('tasks', 'short', config_hash(p.model, p.short, a.config, a.start.world, p.short_batch, p.extra, p.extract_weight, p.smoothing, a.train, a.seed, spec.version))
+
+def _warm(spec, tokenizer, train):
+    "The summariser after short documents, or a fresh one where the preset has no such stage; the seconds it took."
+    p = spec.preset
+    torch.manual_seed(p.train.seed)
+    if p.short is None: return fresh_summariser(p, tokenizer), 0.
+    place = _short_folder(spec)
     if not (place/'seconds.json').exists():
         began = time.process_time()
-        torch.manual_seed(p.short.seed)
         model = fresh_summariser(p, tokenizer)
         train_short(model, tokenizer, train, p, place, progress=False)
         model.save_pretrained(place/'model')
         write_atomic(place/'seconds.json', json.dumps(time.process_time() - began))
     return Summariser.from_pretrained(place/'model'), json.loads((place/'seconds.json').read_text())
 
-# %% ../../nbs/67b_eval.summaries.ipynb #2919209e
+# %% ../../nbs/67b_eval.summaries.ipynb #29a2b0e2
 @lru_cache(maxsize=2)
 def _world(spec):
-    "Documents, start, features and what the alignment says of both sets: the same for every source of a seed."
+    "Documents, start, features, what the alignment says of both sets, and what the retriever reads: the same for every source of a seed."
     (train, test), start, aligner = document_sets(spec), document_start(spec), load_aligner(spec)
     features = [grid_features(d, start.backbone) for d in (train, test)]
     picked = [[a.sentence for a in align_documents(aligner, d.sentences, images_of(d, f), start.tokenizer)] for d, f in zip((train, test), features)]
-    return train, test, start, aligner, features, picked
+    return train, test, start, aligner, features, picked, KnownWords(start.tokenizer, caption_words(spec.start.world).vocab_size)
 
 def run_summary(
     spec:SummarySpec, # any
@@ -391,7 +404,7 @@ def run_summary(
     if (folder/'result.json').exists(): return json.loads((folder/'result.json').read_text())
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    train, test, start, aligner, (_, seen), (learned, unseen) = _world(spec.alignment)
+    train, test, start, aligner, (_, seen), (learned, unseen), reads = _world(spec.alignment)
     began, p = time.process_time(), spec.preset
     model, short_seconds = _warm(spec, start.tokenizer, train)
     to_learn, to_read = (chosen_captions(d, spec.source, picked) for d, picked in ((train, learned), (test, unseen)))
@@ -400,17 +413,17 @@ def run_summary(
     summaries = write_summaries(model, start.tokenizer, test, None if quiet else to_read, p.beams, p.max_tokens, p.no_repeat)
     scores = choose_pictures(aligner.albef, start.tokenizer, test, unseen if quiet else to_read, summaries)
     chosen = [choose_picture(s) for s in scores]
-    out = dict(test=judge_summaries(test, summaries, chosen) | dict({'captions right': share_right(unseen, test)}, M_sim=max_similarity(start.model, start.tokenizer, test, seen, summaries, chosen)['M_sim']),
-               baselines=_baselines(test, start, aligner, seen, summaries), each={k: v.tolist() for k, v in rouge_each(summaries, test.summary).items()}, summaries=summaries, chosen=chosen,
+    out = dict(test=judge_summaries(test, summaries, chosen) | dict({'captions right': share_right(unseen, test)}, M_sim=max_similarity(start.model, reads, test, seen, summaries, chosen)['M_sim']),
+               baselines=_baselines(test, start, reads, aligner, seen, summaries), each={k: v.tolist() for k, v in rouge_each(summaries, test.summary).items()}, summaries=summaries, chosen=chosen,
                seconds=round(time.process_time() - began, 1), short_seconds=round(short_seconds, 1), log=logs['summaries'], spec=asdict(spec))
     torch.set_num_threads(threads)
     model.save_pretrained(folder/'model')
     write_atomic(folder/'result.json', json.dumps(out))
     return out
 
-def _baselines(test, start, aligner, seen, summaries):
+def _baselines(test, start, reads, aligner, seen, summaries):
     "What needs no training of its own: lead-3, first and random picture, and the same summaries with pictures by plain retrieval's captions."
-    plain = plain_captions(start.model, start.tokenizer, test, seen)
+    plain = plain_captions(start.model, reads, test, seen)
     by_plain = [choose_picture(s) for s in choose_pictures(aligner.albef, start.tokenizer, test, plain, summaries)]
     first, random = image_precision(first_pictures(test), test.reference), random_precision(test)
     return {'lead-3': judge_summaries(test, lead(test)), 'first picture': dict(IP=first), 'random picture': dict(IP=random),
@@ -420,12 +433,11 @@ def run_summaries(
     specs:list[SummarySpec], # in any order, repeats allowed
     processes:int|None=None, # as `eval.study.map_specs` takes it
 )->list[dict]: # results in the order of specs
-    "Many of them side by side; what is kept is read. Alignments come first."
-    missing = sorted({run_name(s): s for s in specs if not (summary_folder(s)/'result.json').exists()}.values(), key=lambda s: (s.alignment.seed, str(s.alignment)))
-    first = [a for a in {run_name(s.alignment): s.alignment for s in missing}.values() if not (alignment_folder(a)/'result.json').exists()]
-    map_specs(run_alignment, first, processes, 'alignments')
-    map_specs(run_summary, missing, processes, 'summaries')
-    return [run_summary(s) for s in specs]
+    "Many of them side by side; what is kept is read. Alignments come first, then one run for each stage on short documents, which the others share."
+    missing = sorted((s for s in set(specs) if not (summary_folder(s)/'result.json').exists()), key=lambda s: (s.alignment.seed, str(s)))
+    run_alignments([s.alignment for s in missing], processes)
+    run_missing(run_summary, list({_short_folder(s): s for s in missing if s.preset.short}.values()), summary_folder, processes, 'first summaries')
+    return run_missing(run_summary, specs, summary_folder, processes, 'summaries')
 
 def load_sita(
     spec:SummarySpec, # of source 'pseudo' or 'none'; run where that was not done
@@ -433,4 +445,4 @@ def load_sita(
     "The SITA that a run trained."
     run_summary(spec)
     start = document_start(spec.alignment)
-    return Sita(start.model, load_aligner(spec.alignment), Summariser.from_pretrained(summary_folder(spec)/'model'), start.tokenizer, SitaPreset('run', spec.alignment.preset, spec.preset, spec.source))
+    return Sita(start.model, load_aligner(spec.alignment), Summariser.from_pretrained(summary_folder(spec)/'model'), start.tokenizer, SitaPreset('run', spec.alignment.preset, spec.preset, spec.source), known_words=caption_words(spec.alignment.start.world).vocab_size)

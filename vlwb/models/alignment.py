@@ -109,7 +109,7 @@ class AlignmentModel(nn.Module):
         scores = self.albef.logit_scale*image_features @ sentence_features.mT
         if self.config.context:
             K = image_features.shape[1]
-            x = math.sqrt(image_features.shape[2])*torch.cat([image_features, sentence_features], 1)
+            x = (math.sqrt(image_features.shape[2])*torch.cat([image_features, sentence_features], 1)).to(self.kind.weight.dtype)   # features are single precision in a model of half precision
             x = x + self.kind.weight[(torch.arange(x.shape[1], device=x.device) >= K).long()]
             x = self.layer(x, src_key_padding_mask=~torch.cat([images, sentences], 1))
             scores = scores + self.query(x[:,:K]) @ self.key(x[:,K:]).mT/math.sqrt(x.shape[2])

@@ -240,14 +240,16 @@ class Summariser(nn.Module):
         length_penalty:float=1., # the sum of log likelihoods is divided by length**this before beams are compared
         cache:bool=True, # False computes everything again at each word: for tests
     )->Tensor: # (B,L) tokens, from the first word to the end, then padding
-        "Write summaries. In evaluation mode; `ValueError` for settings that cannot be met."
+        "Write summaries, without dropout whatever the mode. `ValueError` for settings that cannot be met."
         if beams < 1 or not 0 < max_tokens < self.max_length or no_repeat < 0: raise ValueError(f'need beams >= 1, 0 < max_tokens < {self.max_length} and no_repeat >= 0, got {beams}, {max_tokens}, {no_repeat}')
         from transformers import GenerationConfig
         from transformers.modeling_outputs import BaseModelOutput
-        was, (states, mask, tokens) = self.training, self.sources(texts)
+        was = self.training
         rules = GenerationConfig(num_beams=beams, max_new_tokens=max_tokens, no_repeat_ngram_size=no_repeat, do_sample=False, early_stopping=False, use_cache=cache, length_penalty=length_penalty,
                                  pad_token_id=self.pad, bos_token_id=self.start, eos_token_id=self.end, decoder_start_token_id=self.bart.config.decoder_start_token_id)
-        try: out = self.eval().bart.generate(generation_config=rules, encoder_outputs=BaseModelOutput(last_hidden_state=states), attention_mask=mask, document_tokens=tokens)
+        try:
+            states, mask, tokens = self.eval().sources(texts)
+            out = self.bart.generate(generation_config=rules, encoder_outputs=BaseModelOutput(last_hidden_state=states), attention_mask=mask, document_tokens=tokens)
         finally: self.train(was)
         return out[:,1:]
 

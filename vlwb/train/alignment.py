@@ -40,10 +40,11 @@ def grid_features(
 def take_images(
     images, # (I,...) tensor, or anything with images_at
     index, # (B,) positions
+    epoch:int=0, # of random crops, where the set draws them
 )->Tensor: # (B,...)
     "Pictures by position, from memory or from a set that decodes them."
     index = torch.as_tensor(np.asarray(index, np.int64))
-    return images.images_at(index) if hasattr(images, 'images_at') else images[index]
+    return images.images_at(index, epoch) if hasattr(images, 'images_at') else images[index]
 
 class _DocumentImages:
     "Pictures of each document, taken when they are asked for: those of a large set do not fit into memory."
@@ -217,7 +218,7 @@ class AlignmentSet:
 
     def batch(self,
         index, # (B,) positions in `rows`
-        epoch:int=0, # unused
+        epoch:int=0, # of random crops
     )->Batch: # their pictures and sentences, and 'target' (B,K,S) among the texts
         "Those documents."
         index = self.rows[np.asarray(index, np.int64)]
@@ -227,7 +228,7 @@ class AlignmentSet:
         target = torch.zeros(len(index), texts['image_at'].shape[1], texts['sentence_at'].shape[1])
         for d, t in enumerate(pick(self.targets)): target[d,:t.shape[0],:t.shape[1]] = torch.from_numpy(t)
         ids = torch.from_numpy(index)
-        return Batch(take_images(self.images, np.concatenate(pictures)), texts | dict(target=target), ids, ids)
+        return Batch(take_images(self.images, np.concatenate(pictures), epoch), texts | dict(target=target), ids, ids)
 
 # %% ../../nbs/58c_train.alignment.ipynb #26c2adef
 class AlignmentObjective:
@@ -264,7 +265,7 @@ def across_loss(
     target = torch.zeros(logits.shape, dtype=wanted.dtype, device=wanted.device).scatter_add(1, at.clamp(min=0), wanted)
     return alignment_loss(logits[None], target[None])
 
-# %% ../../nbs/58c_train.alignment.ipynb #30a43a99
+# %% ../../nbs/58c_train.alignment.ipynb #30f76eb0
 @dataclass(frozen=True)
 class AlignmentPreset:
     "Everything that decides a training run."
@@ -312,6 +313,7 @@ def train_alignment(
     folder:str|Path|None=None, # a folder for each round below it, and the finished model; a run found here goes on
     evaluate:Callable|None=None, # model -> dict of numbers, as `preset.train.evaluate_every` says
     progress:bool=True, # show the bars
+    identity:dict|None=None, # JSON-able: what else makes this run this run
 )->TrainedAlignment: # the model and what it learned from
     "Reference captions, targets, both passes; once or in rounds. `ValueError` where no document has a summary."
     if not any(documents.summary): raise ValueError('none of these documents has a gold summary: there is nothing to learn from')
@@ -325,8 +327,8 @@ def train_alignment(
         targets = document_targets(similarity, references, preset.targets, found)
         learned = AlignmentSet(documents, images, tokenizer, targets)
         batches = Batches(learned, min(preset.batch_size, len(learned)), config.seed + 7_919*k)
-        identity = dict(preset=asdict(preset), documents=config_hash(documents.document_ids, documents.sentences), round=k)
-        log = train(model, batches, objective, config, None if folder is None else Path(folder)/f'round-{k}', evaluate, f'alignment {k + 1}/{preset.rounds}', progress, identity=identity)
+        about = dict(preset=asdict(preset), documents=config_hash(documents.document_ids, documents.sentences, documents.summary, [i.tolist() for i in documents.image]), round=k) | (identity or {})
+        log = train(model, batches, objective, config, None if folder is None else Path(folder)/f'round-{k}', evaluate, f'alignment {k + 1}/{preset.rounds}', progress, identity=about)
         model.eval()
         for column, value in zip(out[1:], (log, references, targets)): column.append(value)
     if folder is not None: model.save_pretrained(Path(folder)/'model')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ANSWERING', 'QuestionSet', 'answer_objective', 'AnsweringConfig', 'ImageGroups', 'train_answering']
 
-# %% ../../nbs/58a_train.answering.ipynb #025ebe21
+# %% ../../nbs/58a_train.answering.ipynb #0290d263
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import count, islice
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from ..core import Batch, make_generator
+from ..core import Batch, config_hash, make_generator
 from ..data.inputs import ImageTransform, LoadedImages, take_texts
 from ..data.questions import Questions, answer_targets
 from ..models.albef import AlbefModel
@@ -27,7 +27,7 @@ class QuestionSet:
     def __init__(self,
         questions:Questions, # labelled
         tokenizer:Callable[[list[str]],dict[str,Tensor]], # texts -> int64 (B,T) tensors
-        images=None, # has images_at(positions) -> tensor; None takes the set's own images
+        images=None, # has images_at(positions, epoch) -> tensor; None takes the set's own images
         transform:ImageTransform|None=None, # PIL -> (3,H,W), for the set's own images
         weights:str='share', # of the answers: 'share' of the annotators or 'soft' scores
         vocabulary:list[str]|None=None, # train on these answers alone; on all when None
@@ -54,7 +54,7 @@ class QuestionSet:
         image, # (N,) positions of images
         epoch:int=0, # of random crops
     )->Tensor: # (N,...)
-        return self.images.images_at(image, epoch) if isinstance(self.images, LoadedImages) else self.images.images_at(image)
+        return self.images.images_at(image, epoch)
 
     def batch(self,
         index, # (B,) positions of questions
@@ -121,7 +121,7 @@ ANSWERING = {'vqa': AnsweringConfig(TrainConfig(lr=2e-5, vision_lr=5e-6, weight_
              'vqa-tiny': AnsweringConfig(TrainConfig(steps=6000, lr=1e-3, warmup=100, checkpoint_every=500, evaluate_every=500), 128, per_image=4, depth=0, places=1.,
                                      lessons=((('colour', 'shape'), 0.05), (('existence', 'count', 'colour', 'shape'), 0.15)), min_count=1, candidates=4)}
 
-# %% ../../nbs/58a_train.answering.ipynb #181cc530
+# %% ../../nbs/58a_train.answering.ipynb #18b0ea4a
 class ImageGroups:
     "Batches of questions of which a few each are about one image; batch k is a pure function of (set, batch_size, per_image, seed, lessons, k)."
     def __init__(self,
@@ -167,12 +167,12 @@ class ImageGroups:
             start = max(0, start - steps)
         yield from self._batches(start)
 
-# %% ../../nbs/58a_train.answering.ipynb #21084468
+# %% ../../nbs/58a_train.answering.ipynb #219c45a1
 def train_answering(
     model:AlbefModel|AnswerModel, # pre-trained or fresh; an `AnswerModel` is trained in place
     tokenizer, # texts -> input_ids and attention_mask
     questions:Questions, # labelled
-    images=None, # has images_at(positions) -> tensor; None takes the set's own images through an ImageTransform
+    images=None, # has images_at(positions, epoch) -> tensor; None takes the set's own images through an ImageTransform
     config:AnsweringConfig=ANSWERING['vqa-tiny'], # settings
     folder:str|Path|None=None, # log and checkpoints; a run found here goes on
     evaluate:Callable[[nn.Module],dict]|None=None, # model -> dict of numbers, logged
@@ -191,5 +191,5 @@ def train_answering(
     lessons = [(rows, steps) for rows, steps in asked if len(rows) >= config.batch_size]             # a set may know other kinds
     batches = ImageGroups(data, config.batch_size, config.per_image, config.train.seed, lessons)
     log = train(model, batches, answer_objective, run, folder, evaluate, 'answering', progress,
-                identity=dict(answering={k: v for k, v in asdict(config).items() if k != 'train'}, questions=len(data)) | (identity or {}))
+                identity=dict(answering={k: v for k, v in asdict(config).items() if k != 'train'}, questions=config_hash(data.questions.text, data.questions.image.tolist(), data.targets)) | (identity or {}))
     return model, log

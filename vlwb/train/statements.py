@@ -49,7 +49,7 @@ class StatementSet:
     def __init__(self,
         statements:Statements, # S statements
         tokenizer:Callable[[list[str]],dict[str,Tensor]], # texts -> int64 (B,T) tensors
-        images, # (N,...) pictures or states, or an object with images_at
+        images, # (N,...) pictures or states, or an object with images_at(positions, epoch)
         whole_sentences:bool=True, # an item is a sentence with all its statements
         states:bool=False, # `images` are states of the image encoder, (N,P,Wv)
         blank:bool=False, # pictures of zeros in place of all
@@ -68,8 +68,7 @@ class StatementSet:
     def __len__(self): return len(self.items)
 
     def _pictures(self, index, epoch):
-        if isinstance(self.images, Tensor): x = self.images[torch.from_numpy(index)]
-        else: x = self.images.images_at(index, epoch) if isinstance(self.images, LoadedImages) else self.images.images_at(index)
+        x = self.images[torch.from_numpy(index)] if isinstance(self.images, Tensor) else self.images.images_at(index, epoch)
         return torch.zeros_like(x) if self.blank else x
 
     def rows(self,
@@ -131,7 +130,7 @@ STATEMENT_PRESETS = {p.name: p for p in (
     StatementPreset('nlvr2', TrainConfig(lr=5e-5, vision_lr=5e-6, weight_decay=0.05, checkpoint_every=1000), 256, 15., whole_sentences=False, image_size=384, augment='randaugment'), # METHODS 1.4: arXiv 2305.04474, appendix
     StatementPreset('nlvr2-tiny', TrainConfig(steps=5500, lr=8e-4, checkpoint_every=1000), 64, train_vision=False))}
 
-# %% ../../nbs/58b_train.statements.ipynb #186e9064
+# %% ../../nbs/58b_train.statements.ipynb #18990036
 @torch.inference_mode()
 def encode_pictures(
     model:TwoImageModel, # its image encoder is asked
@@ -145,7 +144,7 @@ def encode_pictures(
         x = images[torch.from_numpy(part)] if isinstance(images, Tensor) else images.images_at(part)
         out.append(model.albef.image_states(x.to(device)).cpu())
     model.train(mode)
-    return torch.cat(out).clone()
+    return torch.cat(out)
 
 def train_statements(
     model:TwoImageModel, # trained in place
@@ -157,6 +156,7 @@ def train_statements(
     evaluate:Callable[[nn.Module],dict]|None=None, # model -> dict of numbers, logged
     blank:bool=False, # pictures of zeros: what the text alone gives away
     progress:bool=True, # show the bar
+    identity:dict|None=None, # JSON-able: what else makes this run this run
 )->list[dict]: # the log
     "Fine-tune a model on statements; a folder in which this was begun goes on. `DataError` where no truth is known."
     known = statements[statements.label >= 0]
@@ -167,9 +167,9 @@ def train_statements(
         images = encode_pictures(model, images)
     model.albef.vision.requires_grad_(preset.train_vision)
     data = StatementSet(known, tokenizer, images, preset.whole_sentences, not preset.train_vision, blank)
-    items = max(1, round(preset.batch_size * len(data) / len(known)))
+    items = min(len(data), max(1, round(preset.batch_size * len(data) / len(known))))
     config = preset.train if not preset.epochs else replace(preset.train, steps=max(1, round(preset.epochs * len(known) / preset.batch_size)))
-    identity = dict(task='statements', preset=asdict(preset), blank=blank, data=config_hash(known.text, known.label.tolist(), known.image.tolist()))
+    identity = dict(task='statements', preset=asdict(preset), blank=blank, data=config_hash(known.text, known.label.tolist(), known.image.tolist())) | (identity or {})
     log = train(model, Batches(data, items, config.seed), StatementObjective(), config, folder, evaluate, 'statements', progress, identity=identity)
     if folder is not None: model.save_pretrained(Path(folder)/'model')
     return log

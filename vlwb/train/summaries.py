@@ -7,7 +7,7 @@ __all__ = ['SOURCES', 'SUMMARY_PRESETS', 'text_row', 'row_sentences', 'chosen_ca
            'summary_loss', 'SummaryObjective', 'extract_loss', 'ShortSet', 'SummaryPreset', 'limits',
            'fresh_summariser', 'train_short', 'train_summaries', 'write_summaries']
 
-# %% ../../nbs/58d_train.summaries.ipynb #02b0cffc
+# %% ../../nbs/58d_train.summaries.ipynb #023f9c80
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core import Batch, seed_everything
+from ..core import Batch, config_hash, seed_everything
 from ..data.documents import Documents
 from ..models.summariser import Summariser, SummariserConfig, shares
 from .loop import Batches, TrainConfig, train
@@ -265,7 +265,7 @@ def fresh_summariser(
     ids = text_row(tokenizer, ['a'], 99)[0]
     return Summariser(replace(preset.model, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, start_token_id=ids[0], end_token_id=ids[-1]))
 
-# %% ../../nbs/58d_train.summaries.ipynb #24d75271
+# %% ../../nbs/58d_train.summaries.ipynb #241fc6a5
 def train_short(
     model:Summariser, # trained in place
     tokenizer, # of this package
@@ -297,7 +297,8 @@ def train_summaries(
     if not any(documents.summary): raise ValueError('none of these documents has a summary: there is nothing to learn from')
     seed_everything(preset.train.seed)
     fresh, model = model is None, fresh_summariser(preset, tokenizer) if model is None else model
-    logs, about = {}, dict(preset=asdict(preset), documents=len(documents), **(identity or {}))
+    logs, read = {}, config_hash(documents.sentences, documents.summary)
+    about = dict(preset=asdict(preset), documents=read, captions=None if picked is None else config_hash([np.asarray(p).tolist() for p in picked]), **(identity or {}))
     place = lambda stage: None if folder is None else Path(folder)/stage
     objective = SummaryObjective(model.pad, preset.smoothing, preset.extract_weight)
     if fresh and preset.start is None and preset.short is not None: logs['short'] = train_short(model, tokenizer, documents, preset, place('short'), progress, about)

@@ -141,15 +141,15 @@ def read_picture(
     except (DataError, OSError, ValueError) as e: why = str(e) if isinstance(image, Image.Image) else str(e).replace(str(image), Path(image).name)
     return None, clean_text(f'the picture cannot be read: {why}', 200)
 
-# %% ../../nbs/72a_viz.documents.ipynb #18ea6865
+# %% ../../nbs/72a_viz.documents.ipynb #1825beee
 _LISTED = 24                                            # sentences written out below the matrices
 
 def _marks(ax, masks, x, y, w, h):
     "Markers of the picks on one panel."
     for kind, mask in masks.items():
         rows, columns = np.nonzero(mask); K, S = mask.shape
-        size = float(np.clip(min(w/S, h/K)*72*.5, 2.5, 10))
-        ax.scatter(x + (columns + .5)*w/S, y + (rows + .5)*h/K, s=size**2, marker=PICKS[kind][2], facecolor=PICKS[kind][1], edgecolor='#fffffe', linewidth=.8, zorder=4)
+        size = float(np.clip(min(w/S, h/K)*72*.5, 5, 10))                     # smaller, a marker would be all edge
+        ax.scatter(x + (columns + .5)*w/S, y + (rows + .5)*h/K, s=size**2, marker=PICKS[kind][2], facecolor=PICKS[kind][1], edgecolor='#fffffe', linewidth=.8 if size > 6 else .4, zorder=4)
 
 def _panel(ax, values, masks, x, y, w, h, name):
     "One pass: scores, marks, numbers of the sentences above, the scale below."
@@ -184,7 +184,7 @@ def _tied(r, j):
     "Whether a sentence is the pseudo caption of an image, or tells one."
     return bool((r.caption == j).any() or r.truth is not None and (r.truth == j).any())
 
-# %% ../../nbs/72a_viz.documents.ipynb #1949100d
+# %% ../../nbs/72a_viz.documents.ipynb #19711626
 @_styled
 def plot_alignment(
     result:DocumentResult|Mapping, # or a dict of its fields: coarse, and what else is known
@@ -198,9 +198,9 @@ def plot_alignment(
     masks, second = pick_kinds(picked, r.truth, S), bool(np.isfinite(r.fine).any())
     row = float(np.clip(4.6/K, .12, .66)); w = float(np.clip(S*row, 1.9, 3.6)); photos = row >= .3
     at = _listed(r); left, lines = .95 + row*photos, [wrap_text(r.sentences[j], 88, 2) or '(an empty sentence)' for j in at]
-    head = wrap_text(title, 96, 3) if title else ''; top = .62 + .17*(head.count('\n') + 1)*bool(head); h = row*K
+    wide = max(left + 2*w + .5, 7.6); head = wrap_text(title, int(11*wide), 4) if title else ''; top = .62 + .17*(head.count('\n') + 1)*bool(head); h = row*K
     y = top + h + .62; height = y + sum(.1 + .14*(t.count('\n') + 1) for t in lines) + .2*(len(at) < S) + .12
-    fig, ax = _sheet(max(left + 2*w + .5, 7.6), height)
+    fig, ax = _sheet(wide, height)
     if head: ax.text(.12, .14, head, va='top', fontsize=9.5, weight='bold')
     for k in range(K):
         if photos: _put_image(ax, read_picture(r.images[k])[0], left - row, top + k*row + .02, row - .06)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LAYERS', 'METHODS', 'DocumentState', 'line', 'word', 'MarkedText', 'DocumentView']
 
-# %% ../../nbs/79_widgets.document.ipynb #026e0d3c
+# %% ../../nbs/79_widgets.document.ipynb #02f231a6
 import html, math
 from collections.abc import Sequence
 import anywidget
@@ -16,12 +16,12 @@ import torch
 import traitlets as T
 from ..data.documents import DocumentResult
 from ..viz.documents import PICKS, best_sentences, check_result, pick_kinds, plot_alignment, read_picture, verdicts, what_is_missing
-from ..viz.plots import Picture, clean_text
+from ..viz.plots import Picture, clean_text, plot_message
 from .gallery import Thumbnails
 from .matrix import MatrixCanvas
 from .view import KEYS_JS, TONES, Cards, View, card
 
-# %% ../../nbs/79_widgets.document.ipynb #075f695c
+# %% ../../nbs/79_widgets.document.ipynb #075ee68e
 LAYERS = {'coarse': 'coarse: all sentences', 'fine': 'fine: those scored again'}
 METHODS = {'matching': 'pseudo captions (matching)', 'plain': 'plain retrieval'}
 
@@ -47,6 +47,7 @@ class DocumentState(T.HasTraits):
         self.names = [clean_text(n, 80) or f'document {d + 1}' for d, n in enumerate(names if names is not None else [r.title for r in self.results])]
         self._wanted = None
         super().__init__()
+        if not any(np.isfinite(r.fine).any() for r in self.results): self.layer = 'coarse'                  # no second pass anywhere
         self._start(None)
         for name in ('document', 'method', 'image', 'sentence'):
             if name in traits: setattr(self, name, traits.pop(name))
@@ -149,13 +150,14 @@ def word(
     if level is not None and not 0 <= level <= 1: raise ValueError(f'level must lie in [0,1], got {level}')
     return dict(text=clean_text(text, 4000), level=-1. if level is None else float(level), value=value, strong=bool(strong))
 
-# %% ../../nbs/79_widgets.document.ipynb #129300d6
+# %% ../../nbs/79_widgets.document.ipynb #122d89b6
 _TEXT_CSS = '''
 .vlwb-marked { overflow: auto; position: relative; max-height: var(--vlwb-height, 420px); padding: 3px; color: var(--jp-ui-font-color1, #1f2328); font: 14px/1.5 var(--jp-ui-font-family, system-ui, sans-serif); }
 .vlwb-line { display: grid; grid-template-columns: 2.2em 1fr; gap: 0 6px; padding: 3px 6px; border-inline-start: 4px solid transparent; border-radius: 0 5px 5px 0; overflow-wrap: anywhere; min-width: 0; } .vlwb-line.plain { grid-template-columns: 1fr; }
 .vlwb-marked.choosable .vlwb-line { cursor: pointer; } .vlwb-line.used { border-inline-start-color: #0072b2; background: rgb(0 114 178 / .08); } .vlwb-line[aria-selected=true] { outline: 2px solid #0072b2; outline-offset: -2px; font-weight: 600; } .vlwb-line:focus-visible { outline: 3px solid #0072b2; outline-offset: -1px; }
-.vlwb-line .number, .vlwb-line .small { color: var(--jp-ui-font-color2, #656b73); font-size: 12px; font-weight: 400; font-variant-numeric: tabular-nums; } .vlwb-line .said { unicode-bidi: isolate; } .vlwb-line .vlwb-badge { font-weight: 400; }
+.vlwb-line .number, .vlwb-line .small { color: var(--jp-ui-font-color2, #656b73); font-size: 12px; font-weight: 400; font-variant-numeric: tabular-nums; } .vlwb-line .small { display: inline-block; } .vlwb-line .said { unicode-bidi: isolate; } .vlwb-line .vlwb-badge { font-weight: 400; }
 .vlwb-word { display: inline-block; max-width: 100%; border-radius: 3px; padding: 1px 2px; background: rgb(0 114 178 / calc(var(--level) * .5)); } [data-jp-theme-light=false] .vlwb-word { background: rgb(86 180 233 / calc(var(--level) * .5)); } .vlwb-word.strong { font-weight: 700; text-decoration: underline 2px; text-underline-offset: 3px; } .vlwb-word .value { font-size: 10px; font-weight: 400; margin-inline-start: 2px; display: inline-block; color: var(--jp-ui-font-color1, #1f2328); } .vlwb-marked:not(.values) .value { display: none; }
+.vlwb-word-ramp { display: inline-block; width: 80px; height: 10px; margin: 0 5px; vertical-align: middle; border: 1px solid var(--jp-border-color2, #c8ccd2); background: linear-gradient(90deg, transparent, rgb(0 114 178 / .5)); } [data-jp-theme-light=false] .vlwb-word-ramp { background: linear-gradient(90deg, transparent, rgb(86 180 233 / .5)); }
 .vlwb-marked .vlwb-empty { color: var(--jp-ui-font-color2, #656b73); padding: 8px; }
 .vlwb-badge { display: inline-block; border: 1px solid currentColor; border-radius: 9px; padding: 0 7px; margin: 0 4px 2px 0; font-size: 11px; }
 '''
@@ -213,11 +215,14 @@ class MarkedText(anywidget.AnyWidget):
         "New lines, with a choice of their own."
         with self.hold_sync(): self.lines = list(lines); self.chosen = chosen if chosen < len(self.lines) else -1
 
-# %% ../../nbs/79_widgets.document.ipynb #15a72158
+# %% ../../nbs/79_widgets.document.ipynb #15bff58e
+_RAMP = '<span role="img" aria-label="to" class="vlwb-word-ramp"></span>'
 _MARK_OF = dict(right='own', wrong='false_negatives', missed='missed', picked='chosen')  # kinds of picks -> marks of the canvas with the same look
 _SAID = {'right': ('✓ the true one', 'own'), 'wrong': ('✗ another is true', 'warning'), 'missed': ('✗ the true one was missed', 'warning')}
 
-def _figure_of(x): return '–' if x is None or not math.isfinite(x) else f'{x:.2f}'
+def _figure_of(x): return '–' if x is None or not math.isfinite(x) else f'{round(x, 2) + 0.:.2f}'           # no -0.00
+
+def _says(words, role=''): return f'<div{role and f" role={role}"} style="line-height:1.5;color:var(--jp-ui-font-color1,#1f2328)">{words}</div>'
 
 def _heading(text): return f'<h3 style="margin:10px 0 2px">{html.escape(text)}</h3>'
 
@@ -254,7 +259,7 @@ class DocumentView(View):
         self.numbers = W.Checkbox(s.numbers, description='numbers beside the words', indent=False, layout=W.Layout(width='auto', margin='2px 12px'))
 
     def _parts(self):
-        self.cards = Cards(self.thumbnails, arrangement='strip', height=330, label='images of the document', empty='This document has no images.')
+        self.cards = Cards(self.thumbnails, arrangement='strip', height=350, label='images of the document', empty='This document has no images.')
         self.text = MarkedText(label='sentences of the document', height=460, empty='This document has no sentences.')
         self.canvas = MatrixCanvas(label='alignment of images and sentences', axes='images ↓ sentences →')
         self.words, self.gold = (MarkedText(label=t, choosable=False, height=220) for t in ('summary', 'gold summary'))
@@ -266,8 +271,9 @@ class DocumentView(View):
         heads = {t: W.HTML(_heading(t)) for t in ('Images', 'Document', 'Alignment', 'Summary', 'Gold summary')}
         self.shades = W.HBox([self.least, self.numbers], layout=W.Layout(flex_flow='row wrap'))
         self.gold_part = W.VBox([heads['Gold summary'], self.gold])
-        self.widget = W.VBox([W.HBox([self.back, self.document, self.forth, self.place], layout=wrap), self.says, heads['Images'], W.HBox([self.method], layout=wrap), self.cards, self.facts,
-            heads['Alignment'], W.HBox([self.layer, self.sides], layout=wrap), self.canvas, W.HBox([column(heads['Document'], self.text), column(heads['Summary'], self.outcome, self.shades, self.key, self.words, self.gold_part)], layout=wrap)])
+        self.of_images = W.VBox([heads['Images'], W.HBox([W.Label('picked by'), self.method], layout=wrap), self.cards, self.facts])
+        self.of_pairs = W.VBox([heads['Alignment'], W.HBox([W.Label('scores'), self.layer, self.sides], layout=wrap), self.canvas])
+        self.widget = W.VBox([W.HBox([self.back, self.document, self.forth, self.place], layout=wrap), self.says, self.of_images, self.of_pairs, W.HBox([column(heads['Document'], self.text), column(heads['Summary'], self.outcome, self.shades, self.key, self.words, self.gold_part)], layout=wrap)])
         self.widget.add_class('vlwb-document')
 
     def _connect(self):
@@ -301,8 +307,10 @@ class DocumentView(View):
         self.back.disabled, self.forth.disabled = s.document == 0, s.document == len(s.results) - 1
         self.place.value = f'document {s.document + 1} of {len(s.results)}: {len(r.images)} image{"s"*(len(r.images) != 1)}, {len(r.sentences)} sentence{"s"*(len(r.sentences) != 1)}'
         said = what_is_missing(r)
-        self.says.value = f'<div role="status" style="color:var(--jp-ui-font-color1,#1f2328)">{"<br>".join(map(html.escape, said))}</div>' if said else ''
+        self.says.value = _says('<br>'.join(map(html.escape, said)), '"status"') if said else ''
         self.says.layout.display = '' if said else 'none'
+        self.of_images.layout.display = '' if len(r.images) else 'none'
+        self.of_pairs.layout.display = '' if len(r.images) and len(r.sentences) else 'none'
         self._show_matrix()
         self.gold_part.layout.display = '' if r.gold else 'none'
         self.gold.put([line(t or '(an empty sentence)') for t in r.gold or ()])
@@ -312,25 +320,25 @@ class DocumentView(View):
     def _outcome(self):
         "The image that goes with the summary, in words."
         r = self.state.result; k = r.chosen
-        if not len(r.images): return '<span>There is no image to choose.</span>'
-        if k < 0: return '<span>No image was chosen.</span>'
+        if not len(r.images): return _says('There is no image to choose.')
+        if k < 0: return _says('No image was chosen.')
         known = '' if r.reference is None else '; it is a reference image' if r.reference[k] else f'; it is no reference image ({", ".join(str(i + 1) for i in np.flatnonzero(r.reference))} would be)'
         like = f'similarity of its pseudo caption and the summary {r.image_scores[k]:.2f}' if math.isfinite(r.image_scores[k]) else 'how like its pseudo caption is to the summary is not known'
-        return f'<span>Chosen: <b>image {k + 1}</b> ({like}){known}.</span>'
+        return _says(f'Chosen: <b>image {k + 1}</b> ({like}){known}.')
 
     def _show_matrix(self):
         "Both passes on the canvas."
         s, r, c = self.state, self.state.result, self.canvas
         K, S = r.coarse.shape
         c.height = int(np.clip(46*K, 92, 420))
-        self._quietly(c, 'cell', self._cell_chosen, lambda: c.set_shape(K, S, [f'image {k + 1}' for k in range(K)], [f'{j + 1}: {clean_text(t, 160)}' for j, t in enumerate(r.sentences)]))
+        self._quietly(c, 'cell', self._cell_chosen, lambda: c.set_shape(K, S, [f'image {k + 1}' for k in range(K)], [f'{j + 1}: {clean_text(t, 160)}' for j, t in enumerate(r.sentences)], [f'image {k + 1}' for k in range(K)], [f'{j + 1}' for j in range(S)]))
         for name in LAYERS: c.put(name, torch.from_numpy(getattr(r, name)), label=f'{name} score', show=False)
         self._show_layer()
 
     def _show_layer(self):
         s = self.state; self.canvas.values = s.layer
         there = bool(np.isfinite(getattr(s.result, s.layer)).any())
-        self.sides.value = '<span>striped: no score</span>' if there else '<span><b>no pair has a score in this layer</b></span>'
+        self.sides.value = '<span>striped: no score</span>' if there else '<span><b>no pair has a score here</b></span>'
 
     def _show_choice(self):
         "What depends on the image, the sentence and the method; nothing while a new document is on its way."
@@ -345,10 +353,10 @@ class DocumentView(View):
     def _show_cards(self):
         s, r = self.state, self.state.result
         def one(k, row):
-            i = int(self._offsets[s.document]) + k; why = '' if self.thumbnails(i) else read_picture(r.images[k])[1]
+            i = int(self._offsets[s.document]) + k; why = '' if self.thumbnails(i) or r.images[k] is None else read_picture(r.images[k])[1]
             badges = [('chosen', 'hard')]*row.chosen + [('reference image', 'own')]*bool(row.reference) + [_SAID[v] for v in [row.verdict] if v in _SAID]
             credit = self.credits[s.document][k] if self.credits is not None else ''
-            return card(i, f'image {k + 1}', [row.text or '(an empty sentence)'] if row.picked >= 0 else [('no sentence was picked', 'muted')], badges, ' · '.join(x for x in (f'like the summary: {_figure_of(row.similarity)}', why, credit) if x))
+            return card(i, f'image {k + 1}', [clean_text(row.text, 110) or '(an empty sentence)'] if row.picked >= 0 else [('no sentence was picked', 'muted')], badges, ' · '.join(x for x in (f'like the summary: {_figure_of(row.similarity)}' if math.isfinite(row.similarity) else '', why, credit) if x))
         self._quietly(self.cards, 'chosen', self._card_chosen, lambda: self.cards.put([one(k, row) for k, row in enumerate(s.images().itertuples())], s.image))
 
     def _show_marks(self):
@@ -364,10 +372,10 @@ class DocumentView(View):
         table = s.selected(); best, rest = table.head(4), table.iloc[4:]
         best = pd.concat([best, rest[rest.pseudo_caption | rest.plain | (rest.true == True)]])          # noqa: E712 (may hold None)
         flags = lambda row: ', '.join(w for w, so in (('pseudo caption', row.pseudo_caption), ('plain retrieval', row.plain), ('true', row.true is True or row.true == 1)) if so)
-        cell, number = '<td style="padding:1px 12px 1px 0;overflow-wrap:anywhere">', '<td style="padding:1px 12px 1px 0;text-align:right;font-variant-numeric:tabular-nums">'
-        rows = ''.join(f'<tr>{number}{"–" if pd.isna(r.place) else int(r.place)}</td>{number}{r.sentence + 1}</td>{cell}<bdi>{html.escape(clean_text(r.text, 120)) or "(an empty sentence)"}</bdi></td>{number}{_figure_of(r.fine)}</td>{number}{_figure_of(r.coarse)}</td>{cell}<b>{flags(r)}</b></td></tr>' for r in best.itertuples())
-        heads = ''.join(f'<th style="text-align:start;padding:1px 12px 1px 0">{h}</th>' for h in ('place', 'sentence', 'text', 'fine', 'coarse', ''))
-        self.facts.value = f'<div style="color:var(--jp-ui-font-color1,#1f2328);max-height:240px;overflow:auto"><b>Sentences for image {s.image + 1}, best first</b><table><tr>{heads}</tr>{rows}</table></div>'
+        cell, number = '<td style="padding:1px 12px 1px 0;overflow-wrap:anywhere">', '<td style="padding:1px 12px 1px 0;text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums">'
+        rows = ''.join(f'<tr>{number}{"–" if pd.isna(r.place) else int(r.place)}</td>{number}{r.sentence + 1}</td>{cell}<bdi>{html.escape(clean_text(r.text, 120)) or "(an empty sentence)"}</bdi></td>{number}{_figure_of(r.fine)}</td>{number}{_figure_of(r.coarse)}</td><td style="padding:1px 0;min-width:7.5em"><b>{flags(r)}</b></td></tr>' for r in best.itertuples())
+        heads = ''.join(f'<th scope="col" style="text-align:{side};padding:1px 12px 1px 0">{h}</th>' for h, side in (('place', 'right'), ('sentence', 'right'), ('text', 'start'), ('fine', 'right'), ('coarse', 'right'), ('what it is', 'start')))
+        self.facts.value = _says(f'<table style="line-height:1.4"><caption style="text-align:start"><b>Sentences for image {s.image + 1}, best first</b></caption><thead><tr>{heads}</tr></thead><tbody style="vertical-align:top">{rows}</tbody></table>')
 
     def _show_text(self):
         "The document's sentences with what each is for the images."
@@ -385,14 +393,18 @@ class DocumentView(View):
         s, r = self.state, self.state.result; table = s.words(); self.shades.layout.display = '' if len(table) else 'none'
         self.words.empty = 'The summary is empty.'
         self.words.label = f'summary, words shaded by attention to the pseudo caption of image {s.image + 1}' if len(table) else 'summary'
-        if not len(table): self.words.put([line(t or '(an empty sentence)') for t in r.summary]); self.key.value = '<span>No attention to show.</span>' if r.summary else ''; return
+        if not len(table): self.words.put([line(t or '(an empty sentence)') for t in r.summary]); self.key.value = _says('No attention to show.') if r.summary else ''; return
         most = float(np.nanmax(r.attention)) if np.isfinite(r.attention).any() else 0.
         level = lambda a: float(np.clip(a/most, 0, 1)) if most > 0 and math.isfinite(a) else None
         self.words.put([line([word(w, level(a), _figure_of(a), bool(m)) for w, a, m in table.itertuples(index=False)])])
         own = table.attention[np.isfinite(table.attention)]
-        self.key.value = f'<span>Shade: attention to the pseudo caption of image {s.image + 1}' + (f', at most {own.max():.2f} here and {most:.2f} over all images' if len(own) else ': no value is a number') + f'. Bold and underlined: {int(table.marked.sum())} of {len(table)} words with {s.least:.2f} or more.</span>'
+        self.key.value = _says(f'Shade: attention to the pseudo caption of image {s.image + 1}' + (f', 0{_RAMP}{most:.2f}, at most {own.max():.2f} here' if len(own) else ': no value is a number') + f'. Bold and underlined: {int(table.marked.sum())} of {len(table)} words with {s.least:.2f} or more.')
 
     def figure(self)->Picture: # the alignment with the picks of the method, and the summary above
         "What the view shows now, by `plot_alignment`."
         s, r = self.state, self.state.result
-        return plot_alignment(r, s.picked, f'{s.names[s.document]}, {METHODS[s.method]}. Summary: {clean_text(" ".join(r.summary)) or "(empty)"}')
+        summary = clean_text(' '.join(r.summary), 150) or '(empty)'; table = s.words()
+        if not len(r.images) or not len(r.sentences): return plot_message(f'{s.names[s.document]}. {" ".join(what_is_missing(r))} Summary: {summary}')
+        most = table[table.attention.notna()].sort_values('attention', ascending=False, kind='stable').head(3)
+        looked = f' Most attention to the pseudo caption of image {s.image + 1}: ' + ', '.join(f'“{clean_text(w, 30)}” {a:.2f}' for w, a in zip(most.word, most.attention)) + '.' if len(most) else ''
+        return plot_alignment(r, s.picked, f'{s.names[s.document]}, {METHODS[s.method]}. Summary: {summary}{looked}')

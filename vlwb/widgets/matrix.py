@@ -67,7 +67,7 @@ def _shrink(layer, factor, marks):
     count = there.sum((1, 3))
     return ((x * there).sum((1, 3)) / count.clamp(min=1)).round().to(torch.uint8).masked_fill(count == 0, NO_VALUE)
 
-# %% ../../nbs/73c_widgets.matrix.ipynb #08c28b7c
+# %% ../../nbs/73c_widgets.matrix.ipynb #08b9da70
 _CSS = '''
 .vlwb-matrix { color: var(--jp-ui-font-color1, #1f2328); font: 12px/1.4 var(--jp-ui-font-family, system-ui, sans-serif); max-width: 100%; }
 .vlwb-matrix canvas { display: block; width: 100%; border: 1px solid var(--jp-border-color2, #c8ccd2); touch-action: none; cursor: crosshair; background: repeating-linear-gradient(45deg, #d9dce1 0 4px, #eef0f2 4px 8px); }
@@ -77,7 +77,10 @@ _CSS = '''
 .vlwb-matrix button { font: inherit; min-width: 26px; color: inherit; background: var(--jp-layout-color2, #eef0f2); border: 1px solid var(--jp-border-color2, #c8ccd2); border-radius: 4px; cursor: pointer; }
 .vlwb-matrix .ramp { display: inline-block; width: 120px; height: 10px; border: 1px solid var(--jp-border-color2, #c8ccd2); vertical-align: middle; margin: 0 5px; }
 .vlwb-matrix .tip { min-height: 4.2em; max-height: 4.2em; overflow: hidden; overflow-wrap: anywhere; } .vlwb-matrix .tip span { unicode-bidi: isolate; }
-.vlwb-matrix .muted { color: var(--jp-ui-font-color2, #656b73); } .vlwb-matrix svg { vertical-align: -2px; margin-right: 4px; }
+.vlwb-matrix .plot { display: grid; grid-template: ". top" auto "left canvas" auto / auto minmax(0, 1fr); } .vlwb-matrix .plot canvas { grid-area: canvas; min-width: 0; }
+.vlwb-matrix .ticks { position: relative; overflow: hidden; font-size: 11px; color: var(--jp-ui-font-color2, #656b73); white-space: nowrap; font-variant-numeric: tabular-nums; } .vlwb-matrix .ticks[hidden] { display: none; } .vlwb-matrix .ticks span { position: absolute; }
+.vlwb-matrix .ticks.top { grid-area: top; height: 15px; } .vlwb-matrix .ticks.top span { transform: translateX(-50%); } .vlwb-matrix .ticks.left { grid-area: left; } .vlwb-matrix .ticks.left span { right: 5px; transform: translateY(-50%); }
+.vlwb-matrix .muted { color: var(--jp-ui-font-color2, #656b73); } .vlwb-matrix svg { vertical-align: -2px; margin-right: 4px; } [data-jp-theme-light=false] .vlwb-matrix svg { filter: drop-shadow(0 0 1px #fff); }
 '''
 _JS = '''
 const NONE = 255;
@@ -93,10 +96,11 @@ function pool(a, n, m, marks, rows, columns) { // one level up, blocks of two; r
 }
 const ints = v => { if (!v || !v.byteLength) return null; return new Int32Array(v.buffer.slice(v.byteOffset, v.byteOffset + v.byteLength)); };
 function render({ model, el }) {
-  const root = make('div', 'vlwb-matrix'), canvas = make('canvas'), bar = make('div', 'bar'), legend = make('div', 'bar'), tip = make('div', 'tip'), g = canvas.getContext('2d');
+  const root = make('div', 'vlwb-matrix'), canvas = make('canvas'), bar = make('div', 'bar'), legend = make('div', 'bar'), tip = make('div', 'tip'), plot = make('div', 'plot'), above = make('div', 'ticks top'), beside = make('div', 'ticks left'), g = canvas.getContext('2d');
+  for (const e of [above, beside]) e.setAttribute('aria-hidden', 'true'); // the line below says the names
   canvas.tabIndex = 0; canvas.setAttribute('role', 'application'); canvas.dataset.lmSuppressShortcuts = 'true'; // else JupyterLab takes the keys
   tip.setAttribute('aria-live', 'polite');
-  const raw = new Map(), view = { r: 0, c: 0, n: 1, m: 1 }; let rows = null, columns = null, cursor = null, hover = null, asked = false, drag = null, painted = 0, moved = false;
+  const raw = new Map(), view = { r: 0, c: 0, n: 1, m: 1 }; let rows = null, columns = null, cursor = null, hover = null, asked = false, drag = null, painted = 0, moved = false, blind = 0;
   const size = () => model.get('shape');
   const order = () => { rows = ints(model.get('row_order')); columns = ints(model.get('column_order')); for (const l of raw.values()) l.levels = null; };
   const levels = l => { // pyramid in display order; its foot stays as it came and is looked up
@@ -111,7 +115,8 @@ function render({ model, el }) {
   const lut = l => { if (!l.lut) { l.lut = new Uint32Array(256); const c = l.ramp; for (let i = 0; i < 255; i++) l.lut[i] = 0xff000000 | (c[3 * i + 2] << 16) | (c[3 * i + 1] << 8) | c[3 * i]; l.lut[NONE] = 0; } return l.lut; };
   const rgb = h => [1, 3, 5].map(i => parseInt(h.slice(i, i + 2), 16));
   function paint() {
-    asked = false; const [n, m] = size(), width = Math.max(1, Math.round(root.clientWidth)), height = model.get('height'); if (canvas.width !== width || canvas.height !== height) { canvas.width = width; canvas.height = height; }
+    asked = false; if (!canvas.offsetWidth) { if (blind++ < 50) setTimeout(ask, 100); return; } // no room for a moment, as while JupyterLab changes its theme: the observer may not tell when it is back
+    blind = 0; const [n, m] = size(), width = canvas.offsetWidth, height = model.get('height'); if (canvas.width !== width || canvas.height !== height) { canvas.width = width; canvas.height = height; }
     canvas.style.height = height + 'px'; g.clearRect(0, 0, width, height); if (!n || !m) { tell('Nothing to show: the matrix is empty.'); done(); return; }
     const shown = model.get('values'), l = raw.get(shown), marks = raw.get('marks'), looks = model.get('marks').filter(k => k.visible), strength = model.get('opacity');
     const image = g.createImageData(width, height), out = new Uint32Array(image.data.buffer), k = Math.max(0, Math.floor(Math.log2(Math.min(view.n / height, view.m / width))));
@@ -126,7 +131,15 @@ function render({ model, el }) {
         out[to + x] = p; } }
     g.putImageData(image, 0, 0); if (close && bits) shapes(bits, looks, width, height, strength); frame(model.get('cell'), 3, '#000', '#fff'); if (cursor) frame(place(cursor), 1, '#fff', '#000'); done();
   }
-  const done = () => { painted++; canvas.dataset.painted = painted; canvas.dataset.view = [view.r, view.c, view.n, view.m].map(v => +v.toFixed(3)).join(' '); const l = raw.get(model.get('values')); canvas.dataset.layer = model.get('values'); canvas.dataset.revision = l ? l.revision : 0; canvas.dataset.whole = l && l.a ? 1 : 0; };
+  const longest = names => names.reduce((most, t) => Math.max(most, t.length), 0);
+  function gutters() { const [left, top] = [model.get('row_ticks'), model.get('column_ticks')]; beside.hidden = !left.length; above.hidden = !top.length; beside.style.width = `${longest(left) + 1}ch`; }
+  function ticks() { // names beside rows and above columns, in the middle of each, as many as fit
+    const put = (home, names, order, from, count, total, pixels, gap, side) => { if (home.hidden || !total) return; const step = Math.max(1, Math.ceil(gap * count / pixels)), out = [];
+      for (let i = Math.ceil(Math.max(0, from - .5) / step) * step; i < total && i + .5 <= from + count; i += step) { const e = make('span', '', names[order ? order[i] : i] ?? ''); e.style[side] = `${(i + .5 - from) / count * pixels}px`; out.push(e); } home.replaceChildren(...out); };
+    const [n, m] = size(), left = model.get('row_ticks'), top = model.get('column_ticks');
+    put(beside, left, rows, view.r, view.n, n, canvas.offsetHeight, 14, 'top'); put(above, top, columns, view.c, view.m, m, canvas.offsetWidth, 7 * longest(top) + 8, 'left');
+  }
+  const done = () => { ticks(); painted++; canvas.dataset.painted = painted; canvas.dataset.view = [view.r, view.c, view.n, view.m].map(v => +v.toFixed(3)).join(' '); const l = raw.get(model.get('values')); canvas.dataset.layer = model.get('values'); canvas.dataset.revision = l ? l.revision : 0; canvas.dataset.whole = l && l.a ? 1 : 0; };
   const find = (o, i) => o ? o.indexOf(i) : i, place = c => c;
   const box = (r, c) => [(c - view.c) / view.m * canvas.width, (r - view.r) / view.n * canvas.height, canvas.width / view.m, canvas.height / view.n];
   function frame(cell, w, a, b) { if (!cell || cell.length !== 2) return; const r = find(rows, cell[0]), c = find(columns, cell[1]); if (r < 0 || c < 0) return; let [x, y, bw, bh] = box(r, c); const grow = Math.max(0, 5 - Math.min(bw, bh) / 2); x -= grow; y -= grow; bw += 2 * grow; bh += 2 * grow; g.lineWidth = w + 2; g.strokeStyle = b; g.strokeRect(x, y, bw, bh); g.lineWidth = w; g.strokeStyle = a; g.strokeRect(x, y, bw, bh); }
@@ -168,12 +181,13 @@ function render({ model, el }) {
     if (old && msg.revision < old.revision) return; const l = { ...msg, ramp: ramp || (old && old.ramp) };
     if (msg.factor === 1) l.a = a; else { l.small = a; [l.sn, l.sm] = msg.size; } raw.set(msg.name, l); key(); ask();
   }
-  const fresh = () => { raw.clear(); cursor = null; order(); everything(); key(); describe(null); };
+  const fresh = () => { raw.clear(); cursor = null; gutters(); order(); everything(); key(); describe(null); };
   model.on('msg:custom', got); model.on('change:shape', fresh);
   for (const n of ['row_order', 'column_order']) model.on('change:' + n, () => { order(); ask(); });
   for (const n of ['values', 'opacity', 'height', 'threshold', 'dim', 'cell']) model.on('change:' + n, () => { ask(); if (n === 'cell') { const c = model.get('cell'); if (c.length) { cursor = c; show(c); describe(c); } } if (n === 'values') key(); });
+  for (const n of ['row_ticks', 'column_ticks']) model.on('change:' + n, () => { gutters(); ask(); });
   for (const n of ['marks', 'layers']) model.on('change:' + n, () => { key(); ask(); }); model.on('change:window', () => { const w = model.get('window'); if (w.length === 4) { [view.r, view.c, view.n, view.m] = w; fit(); } });
-  root.append(bar, canvas, tip); el.append(root); order(); everything(); key(); describe(null);
+  plot.append(above, beside, canvas); root.append(bar, plot, tip); el.append(root); gutters(); order(); everything(); key(); describe(null);
   const watch = new ResizeObserver(ask); watch.observe(root); model.send({ type: 'ready' });
   return () => watch.disconnect();
 }
@@ -186,6 +200,8 @@ class MatrixCanvas(anywidget.AnyWidget):
     shape = T.List([0, 0]).tag(sync=True) # N, M
     row_names = T.List(T.Unicode()).tag(sync=True) # shown while pointing
     column_names = T.List(T.Unicode()).tag(sync=True)
+    row_ticks = T.List(T.Unicode()).tag(sync=True) # short names beside the rows; none where empty
+    column_ticks = T.List(T.Unicode()).tag(sync=True) # above the columns
     row_order = T.Bytes(b'').tag(sync=True) # int32 positions, top to bottom; empty: as they are
     column_order = T.Bytes(b'').tag(sync=True)
     layers = T.List(T.Dict()).tag(sync=True) # name and label of the layers of values
@@ -214,13 +230,17 @@ class MatrixCanvas(anywidget.AnyWidget):
         m:int, # captions
         row_names=(), # N texts for the tooltip; positions where empty
         column_names=(), # M texts
+        row_ticks=(), # N short texts beside the rows; none where empty
+        column_ticks=(), # M short texts above the columns
     )->None:
-        "A new matrix without layers."
+        "A new matrix without layers. `ValueError` where there is not a tick for each row or column."
+        for name, x, k in (('row_ticks', row_ticks, n), ('column_ticks', column_ticks, m)):
+            if len(x) not in (0, k): raise ValueError(f'{name} must hold {k} texts or none, got {len(x)}')
         self._forget()
         with self.hold_sync():
             self.row_order = self.column_order = b''
             self.cell, self.layers, self.marks, self.values = [], [], [], ''
-            self.row_names, self.column_names, self.shape = list(row_names), list(column_names), [int(n), int(m)]
+            self.row_names, self.column_names, self.row_ticks, self.column_ticks, self.shape = list(row_names), list(column_names), list(row_ticks), list(column_ticks), [int(n), int(m)]
 
     def order(self,
         rows=None, # (N,) positions of the images from top to bottom; None: as they are

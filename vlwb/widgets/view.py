@@ -58,7 +58,7 @@ def card(
     if wrong: raise ValueError(f'tones must be of {TONES}, got {sorted(wrong)}')
     return out
 
-# %% ../../nbs/73a_widgets.view.ipynb #12ce7811
+# %% ../../nbs/73a_widgets.view.ipynb #12b9a358
 _CARDS_CSS = '''
 .vlwb-cards { display: grid; gap: 8px; max-height: var(--vlwb-height, 420px); overflow: auto; padding: 3px; color: var(--jp-ui-font-color1, #1f2328); font: 13px/1.4 var(--jp-ui-font-family, system-ui, sans-serif); }
 .vlwb-cards.grid { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); } .vlwb-cards.list { grid-template-columns: 1fr; } .vlwb-cards.strip { grid-auto-flow: column; grid-auto-columns: 150px; }
@@ -92,7 +92,8 @@ function render({ model, el }) {
     marks(body, c.texts, 'p', 'vlwb-text'); if (c.note) { const t = make('div', 'vlwb-note', c.note); t.dir = 'auto'; body.append(t); }
     e.append(body); e.onclick = () => { choose(n); e.focus(); }; return e;
   }
-  const pick = () => { const n = model.get('chosen'); [...box.children].forEach((e, k) => { if (e.dataset.n !== undefined) { e.setAttribute('aria-selected', k === n); e.tabIndex = k === Math.max(0, n) ? 0 : -1; } }); };
+  const pick = () => { const n = model.get('chosen'); [...box.children].forEach((e, k) => { if (e.dataset.n !== undefined) { e.setAttribute('aria-selected', k === n); e.tabIndex = k === Math.max(0, n) ? 0 : -1; } }); sight(box.querySelector('[aria-selected=true]')); };
+  const sight = e => { if (!e) return; const a = e.getBoundingClientRect(), b = box.getBoundingClientRect(); if (a.left < b.left || a.right > b.right) box.scrollLeft += a.left - b.left - (b.width - a.width) / 2; if (a.bottom < b.top || a.top > b.bottom) box.scrollTop += a.top - b.top; }; // the page itself stays
   function draw() {
     seen.disconnect(); const cards = model.get('cards'); box.className = `vlwb-cards ${model.get('arrangement')}${model.get('choosable') ? '' : ' fixed'}`; box.style.setProperty('--vlwb-height', model.get('height') + 'px'); box.setAttribute('aria-label', model.get('label'));
     box.replaceChildren(...(cards.length ? cards.map(one) : [make('div', 'vlwb-empty', model.get('empty'))])); pick(); box.dataset.drawn = +(box.dataset.drawn || 0) + 1;
