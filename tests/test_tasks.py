@@ -282,9 +282,11 @@ def test_dry_run_of_a_task(published, task, words, tmp_path, monkeypatch):
     assert sorted(p for p in published.rglob('*')) == before and not list(tmp_path.iterdir())
 
 
-def test_dry_run_measures_what_training_takes(published):
+def test_dry_run_measures_what_training_takes(published, monkeypatch):
     "Steps, batch and first loss are those of the run; a whole batch was measured; a frozen image encoder has no gradients."
-    from vlwb.tasks import rehearse_task
+    from dataclasses import replace
+    from vlwb.tasks import TASKS, rehearse_task
+    monkeypatch.setitem(TASKS['nlvr2'], 'nlvr2', replace(TASKS['nlvr2']['nlvr2'], image_size=64))                 # 384 takes its time
     found = rehearse_task('nlvr2-tiny', published/'nlvr2', device='cpu', batch_size=16, from_scratch=True).found
     stage, = found.stages
     assert (stage['steps'], stage['batch'], stage['measured_on']) == (5500, 8, (4, 8))                               # 16 statements about 8 sentences
@@ -344,6 +346,23 @@ def test_pictures_of_a_frozen_encoder_are_seen_whole(published):
     assert torch.equal(at(still, 0), at(still, 1)) and torch.equal(at(still, 0), at(ready.data.images['train'], 0)) and not torch.equal(at(drawn, 0), at(drawn, 1))
     picture(still.source.images[0], 0)
 
+
+def test_epochs_reach_the_pictures_of_documents():
+    "A set that draws crops is told the epoch; one of tensors takes it and gives the same."
+    from vlwb.data.documents import Documents
+    from vlwb.data.inputs import TensorImages, WordTokenizer
+    from vlwb.train.alignment import AlignmentSet, take_images
+    class Drawn:
+        def images_at(self, index, epoch=0): return torch.full((len(index), 2), float(epoch))
+    learned = AlignmentSet(Documents(['a'], [['x .', 'y .']], [np.array([0])], ['p'], summary=[['x .']]), Drawn(), WordTokenizer.learn(['x . y .']), [np.array([[1., 0.]], np.float32)])
+    assert take_images(Drawn(), [0, 1], 3).tolist() == [[3., 3.]]*2 and learned.batch([0], 5).images.tolist() == [[5., 5.]]
+    assert torch.equal(take_images(TensorImages(torch.eye(3)), [2], 4), torch.eye(3)[2:])
+
+
+def test_a_document_without_pictures_is_summarised(whole, tmp_path):
+    (tmp_path/'a.txt').write_text('Rain fell . Nobody was hurt .')
+    result = vlwb('summarize', tmp_path, '--model', whole[0]/'sita', '--out', tmp_path/'a.html')
+    assert result.exit_code == 0 and 'The page is' in result.output and (tmp_path/'a.html').exists()
 
 # On an accelerator --------------------------------------------------------------------------------------------------------------------------------
 

@@ -391,7 +391,7 @@ def _beside_the_paper(pairs, out, rerank):
     ours = {'this run': out['strict']} | ({f'this run, {rerank} re-ranked': found} if (found := out.get(f'strict, first {rerank} re-ranked')) else {})
     print_table([{k: v if isinstance(v, str) else f'{v:.1f}' for k, v in row.items()} for row in results_table(ours, known).to_dict('records')], f'{known}, fine-tuned: the rows of the paper are its own, after re-ranking')
 
-# %% ../nbs/85_cli.ipynb #20775e81
+# %% ../nbs/85_cli.ipynb #20793c63
 @app.command(epilog='Example:  vlwb summarize report/ --model runs/sita --out report.html')
 def summarize(
     document:Annotated[Path, typer.Argument(help='A folder with one text (.txt, .md or .json) and its pictures, or that text.')],
@@ -405,7 +405,7 @@ def summarize(
     found = summarise(document, model, out, device)
     if as_json: return typer.echo(json.dumps(found))
     typer.echo(' '.join(found['summary']) or 'The summary is empty.')
-    print_table([{'picture': p['image'], 'pseudo caption': p['caption'] or 'none', 'similar to the summary': '-' if p['score'] is None else f"{p['score']:.2f}", 'chosen': 'yes' if p['chosen'] else ''} for p in found['pictures']], document.name)
+    if found['pictures']: print_table([{'picture': p['image'], 'pseudo caption': p['caption'] or 'none', 'similar to the summary': '-' if p['score'] is None else f"{p['score']:.2f}", 'chosen': 'yes' if p['chosen'] else ''} for p in found['pictures']], document.name)
     typer.echo(f'The page is {out}.')
 
 # %% ../nbs/85_cli.ipynb #21920450
