@@ -161,7 +161,7 @@ def train_statements(
     "Fine-tune a model on statements; a folder in which this was begun goes on. `DataError` where no truth is known."
     known = statements[statements.label >= 0]
     if not len(known): raise DataError(f'{statements.source}: no statement is known to be true or false; train on a labelled split')
-    if images is None: images = Pictures(known, preset.transform(model.albef.vision.config.image_size, train=True), preset.train.seed)
+    if images is None: images = Pictures(known, preset.transform(model.albef.vision.config.image_size, train=preset.train_vision), preset.train.seed)   # pictures that are encoded once are seen once
     if not preset.train_vision:
         model.to(pick_device(preset.train.device))
         images = encode_pictures(model, images)
