@@ -9,7 +9,7 @@ __all__ = ['ROUGE', 'SITA_PRESETS', 'rouge_each', 'rouge', 'image_precision', 'm
            'summarise_document', 'SummarySpec', 'summary_spec', 'summary_folder', 'run_summary', 'run_summaries',
            'load_sita']
 
-# %% ../../nbs/67b_eval.summaries.ipynb #024d0fa3
+# %% ../../nbs/67b_eval.summaries.ipynb #02615b45
 import json, time
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from ..core import DataError, cache_folder, config_hash, make_generator, write_atomic
+from ..core import DataError, cache_folder, config_hash, dataclass_from, make_generator, write_atomic
 from ..data.documents import DocumentResult, Documents
 from ..data.inputs import load_tokenizer
 from ..data.pairs import read_json
@@ -203,7 +203,7 @@ SITA_PRESETS = {p.name: p for p in (
     SitaPreset('sita', ALIGNMENT_PRESETS['msmo'], SUMMARY_PRESETS['sita']),
     SitaPreset('sita-tiny', ALIGNMENT_PRESETS['tiny-documents'], SUMMARY_PRESETS['sita-tiny']))}
 
-# %% ../../nbs/67b_eval.summaries.ipynb #20fb5f03
+# %% ../../nbs/67b_eval.summaries.ipynb #200f57a3
 @dataclass
 class Sita:
     "A trained SITA: what it knows, and how it writes."
@@ -243,7 +243,7 @@ class Sita:
         folder = Path(folder)
         if not (folder/'sita.json').is_file(): raise DataError(f'{folder} holds no SITA: sita.json is missing; train one with vlwb train --preset sita-tiny')
         record = read_json(folder/'sita.json')
-        try: preset = _preset(record['preset'])
+        try: preset = dataclass_from(SitaPreset, record['preset'])
         except (KeyError, TypeError, ValueError) as e: raise DataError(f'{folder}/sita.json is not what Sita.save_pretrained writes ({e})') from e
         return cls(AlbefModel.from_pretrained(folder/'retriever'), AlignmentModel.from_pretrained(folder/'aligner'), Summariser.from_pretrained(folder/'summariser'), load_tokenizer(folder/'tokenizer'), preset,
                    load_tokenizer(folder/'writer') if (folder/'writer').is_dir() else None, record.get('known_words'))
@@ -253,17 +253,6 @@ class Sita:
     )->'Sita': # itself
         for model in (self.retriever, self.aligner, self.summariser): model.to(device)
         return self
-
-def _made(kind, values):
-    "A dataclass from JSON: dataclasses within it, tuples for lists."
-    from typing import get_args, get_type_hints
-    hints, out = get_type_hints(kind), {}
-    for name, value in values.items():
-        inner = next((t for t in (hints[name], *get_args(hints[name])) if hasattr(t, '__dataclass_fields__')), None)
-        out[name] = _made(inner, value) if inner and isinstance(value, dict) else tuple(value) if isinstance(value, list) else value
-    return kind(**out)
-
-def _preset(values): return _made(SitaPreset, values)
 
 # %% ../../nbs/67b_eval.summaries.ipynb #226b3cd8
 def train_sita(
