@@ -356,7 +356,7 @@ def time_clicks(
         out.append(page.time_change(canvas, '.vlwb-cards', 'Enter', 1, until=f'[...e.querySelectorAll("img")].some(i => i.dataset.at === "{k}")')[0]['frame'])
     return out[1:]
 
-# %% ../../nbs/80f_bench.widgets.ipynb #29344ada
+# %% ../../nbs/80f_bench.widgets.ipynb #29e244be
 def bench_page(
     page:Page, # the notebook of `_SETUP`
     n:int, # images, and captions
@@ -382,7 +382,7 @@ OTHERS = { # what is moved -> the view, the control, and what it changes last
     'regulation lab, tau_s': ('RegulationLab(gallery)', "controls['similarity_temperature']", 'conditions'),
     'studio, lambda': ('Studio(gallery)', "knobs['synthetic_weight'][0]", 'effects'),
     'retrieval browser, k': ('RetrievalBrowser(gallery, bench_gallery({n}, {width}, seed=5))', 'k', 'lists[1]'),
-    'document view, mark words from': ('DocumentView(documents := bench.bench_documents())', 'least', 'words')}
+    'document view, mark words from': ('DocumentView(documents := bench.bench_documents())', 'least', 'key')}
 _OTHER = """view = {view}
 view.{control}.add_class('bench-control'); view.{last}.add_class('bench-last')
 view"""
