@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TASKS', 'Begun', 'begin', 'task_of', 'read_task', 'scene_size', 'make_task', 'TaskData', 'see', 'words_of',
            'content_of', 'TaskRun', 'changed_task', 'train_task', 'load_task', 'eval_task', 'summarise',
-           'TaskRehearsal', 'rehearse_task']
+           'document_results', 'TaskRehearsal', 'rehearse_task']
 
-# %% ../nbs/84b_tasks.ipynb #0274eb2c
+# %% ../nbs/84b_tasks.ipynb #0248edf4
 import json, re, time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +20,7 @@ from .core import Batch, DataError, Problems, config_hash, dataclass_from, pick_
 from .data.inputs import ImageTransform, LoadedImages, TensorImages, WordTokenizer, epoch_order, load_tokenizer
 from .data.pairs import json_rows
 from .data.questions import answer_vocabulary, make_questions, read_vqa
-from .data.documents import DocumentConfig, make_documents, read_document, read_msmo
+from .data.documents import DocumentConfig, DocumentResult, make_documents, read_document, read_msmo
 from .data.statements import make_statements, read_nlvr, read_nlvr2
 from .data.world import make_scenes
 from .eval.answering import answer_questions, answering_figures, write_results
@@ -35,7 +35,7 @@ from .models.summariser import Summariser, SummariserConfig
 from .models.two_images import TwoImageModel
 from .models.vocabulary import extend_vocabulary
 from .presets import _at_hand, _claim
-from .train.alignment import AlignmentObjective, AlignmentSet, document_targets, grid_features, images_of, reference_captions, summary_similarity, KnownWords
+from .train.alignment import AlignmentObjective, AlignmentSet, document_targets, grid_features, images_of, reference_captions, summary_similarity, take_images, KnownWords
 from .train.answering import ANSWERING, AnsweringConfig, ImageGroups, QuestionSet, answer_objective, train_answering
 from .train.backbone import BackboneConfig, GridBackbone, scene_pixels
 from .train.masking import special_tokens
@@ -286,7 +286,7 @@ def _train_view(begun, config):
     base, drawn = image_transform(begun.inputs), config.augment != 'none' and getattr(config, 'train_vision', True)
     return replace(base, size=config.image_size or base.size, train=drawn, scale=0.5, randaugment=drawn and config.augment == 'randaugment', flip=False)
 
-# %% ../nbs/84b_tasks.ipynb #1342940f
+# %% ../nbs/84b_tasks.ipynb #1305f071
 def _judge(run, data, role, progress):
     "Figures of one split; what was learned from gives the baselines."
     part, images, train = data.parts[role], data.images[role], data.parts.get('train')
@@ -380,15 +380,20 @@ def eval_task(
     device:str='auto', # where it is judged
 )->dict: # figures, with 'task', 'split' and 'skipped'
     "Judge a trained task, or answer a split without labels."
-    run, made, record = load_task(folder, device), scene_size(source), json.loads((Path(folder)/'vlwb.json').read_text())
-    if (run.inputs.kind == 'scenes') != bool(made): raise DataError(f'{folder} was trained ' + ('in the scenes world: judge it with scenes' if run.inputs.kind == 'scenes' else 'on pictures: name a folder'))
-    parts, worlds = make_task(run.task, _world(run.inputs), made[2], record['identity']['seed']) if made else (read_task(run.task, source, on_error), {})
-    albef = run.model.retriever if run.task == 'sita' else run.model.albef
-    data = see(run.task, parts, worlds, Begun(albef, run.tokenizer, run.inputs, _backbone(run.inputs)))
+    run, data = _opened(folder, source, on_error, device)
+    parts = data.parts
     role = split if split in parts else _judged_split(run.task, parts, split)
     if out is not None: return _answers(run, data, role, out, progress)
     if role is None or not _labelled(run.task, parts[role]): raise DataError(f'{source}: split {role or split or "test"} has no labels to judge by' + ('; write its answers for the evaluation server with --answers FILE' if run.task == 'vqa' else ''))
     return dict(task=run.task, split=role, **_judge(run, data, role, progress), skipped=data.skipped)
+
+def _opened(folder, source, on_error, device):
+    "A trained task and the data that it is to be asked about."
+    run, made, record = load_task(folder, device), scene_size(source), json.loads((Path(folder)/'vlwb.json').read_text())
+    if (run.inputs.kind == 'scenes') != bool(made): raise DataError(f'{folder} was trained ' + ('in the scenes world: judge it with scenes' if run.inputs.kind == 'scenes' else 'on pictures: name a folder'))
+    parts, worlds = make_task(run.task, _world(run.inputs), made[2], record['identity']['seed']) if made else (read_task(run.task, source, on_error), {})
+    albef = run.model.retriever if run.task == 'sita' else run.model.albef
+    return run, see(run.task, parts, worlds, Begun(albef, run.tokenizer, run.inputs, _backbone(run.inputs)))
 
 def _world(inputs): return WorldSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in inputs.world['spec'].items()})
 
@@ -400,7 +405,7 @@ def _answers(run, data, role, out, progress):
     write_results(out, part, [run.vocabulary[i] for i in index[:,0]])
     return dict(task='vqa', split=role, answered=len(part), file=str(out), skipped=data.skipped)
 
-# %% ../nbs/84b_tasks.ipynb #15bf568f
+# %% ../nbs/84b_tasks.ipynb #157e39d0
 def summarise(
     document:str|Path, # folder with one text and its pictures, or that text
     model:str|Path, # run of vlwb train --preset sita or sita-tiny
@@ -409,13 +414,32 @@ def summarise(
 )->dict: # 'summary' (sentences), 'pictures': image, caption, score and whether it is chosen
     "Summarise one document with a trained SITA. `DataError` where the run is of another task."
     run, read = load_task(model, device), read_document(document)
-    if run.task != 'sita': raise DataError(f'{model} is a run of {run.task}; summaries come from one of sita: vlwb train --preset sita-tiny')
+    _of_sita(run, model)
     data = see('sita', dict(test=read), {}, Begun(run.model.retriever, run.tokenizer, run.inputs, _backbone(run.inputs)))
     result = summarise_document(run.model, read, data.images['test'])
     if out is not None: write_summary_page(out, result, title=read.title[0])
     pictures = [dict(image=name, caption=result.sentences[c] if c >= 0 else None, score=float(s) if np.isfinite(s) else None, chosen=k == result.chosen)
                 for k, (name, c, s) in enumerate(zip(read.image_ids, result.caption, result.image_scores))]
     return dict(summary=result.summary, pictures=pictures)
+
+def _of_sita(run, folder):
+    if run.task != 'sita': raise DataError(f'{folder} is a run of {run.task}; summaries come from one of sita: vlwb train --preset sita-tiny')
+
+def document_results(
+    folder:str|Path, # run of vlwb train --preset sita or sita-tiny
+    source:str|Path, # MSMO's folder; 'scenes' for the world that it was trained in
+    split:str|None=None, # 'train', 'val' or 'test'; the last of them that is there when None
+    documents:int=20, # how many, the first ones
+    device:str='auto', # where the model runs
+    on_error:str='raise', # or 'skip'
+)->list[DocumentResult]: # for `widgets.document.DocumentView`
+    "What a trained SITA says of the documents of a set. `DataError` where the run is of another task, or the split is not there."
+    run, data = _opened(folder, source, on_error, device)
+    _of_sita(run, folder)
+    role = split or [r for r in ('train', 'val', 'test') if r in data.parts][-1]
+    if role not in data.parts: raise DataError(f'there is no split {role!r}; there are {", ".join(data.parts)}')
+    part, images = data.parts[role], data.images[role]
+    return [summarise_document(run.model, part[i], take_images(images, np.unique(part.image[i]))) for i in range(min(documents, len(part)))]
 
 # %% ../nbs/84b_tasks.ipynb #1758446b
 _ITEMS = dict(vqa='questions', nlvr2='statements', sita='documents')
