@@ -7,7 +7,7 @@ __all__ = ['vqa_accuracy', 'answer_questions', 'accuracy_by_kind', 'majority_acc
            'read_results', 'AnswerSpec', 'answer_spec', 'question_sets', 'sets_of', 'answers_folder', 'seeing_limit',
            'run_answering', 'answering_results']
 
-# %% ../../nbs/67_eval.answering.ipynb #02e4c404
+# %% ../../nbs/67_eval.answering.ipynb #020b03f3
 import json, shutil, time
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -29,7 +29,7 @@ from ..models.answering import AnswerModel
 from ..train.answering import ANSWERING, AnsweringConfig, train_answering
 from ..train.backbone import BackboneConfig, GridBackbone, scene_pixels
 
-# %% ../../nbs/67_eval.answering.ipynb #054515e5
+# %% ../../nbs/67_eval.answering.ipynb #05927e93
 def vqa_accuracy(
     prediction:str, # what the model answered
     answers:tuple[str,...], # of the annotators: ten in VQA v2; a single one is the exact truth
@@ -170,7 +170,7 @@ def answer_spec(
     if not full: config = replace(config, train=replace(config.train, steps=6, checkpoint_every=0), batch_size=16)
     return AnswerSpec(start, method == 'fresh', scrambled, config, seed=seed, **small)
 
-# %% ../../nbs/67_eval.answering.ipynb #212cb723
+# %% ../../nbs/67_eval.answering.ipynb #21805fc8
 @lru_cache(maxsize=2)
 def question_sets(
     world:SceneConfig, # which shapes, colours, objects

@@ -26,7 +26,7 @@ from ..models.alignment import (Alignment, AlignmentConfig, AlignmentModel, Alig
 from .backbone import GridBackbone
 from .loop import Batches, TrainConfig, train
 
-# %% ../../nbs/58c_train.alignment.ipynb #057562f6
+# %% ../../nbs/58c_train.alignment.ipynb #052c53e4
 def grid_features(
     documents:Documents, # with pictures
     backbone:GridBackbone, # how scenes are seen
@@ -199,7 +199,7 @@ def target_figures(
     has, right = (np.concatenate([b[i] for b in best]) for i in (0, 1))
     return dict(pictures=100*float(has.mean()), right=100*float(right[has].mean()) if has.any() else float('nan'))
 
-# %% ../../nbs/58c_train.alignment.ipynb #2550552c
+# %% ../../nbs/58c_train.alignment.ipynb #25979fe8
 class AlignmentSet:
     "Documents as the training loop takes them: one row for each document that has something to learn from."
     def __init__(self,

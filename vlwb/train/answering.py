@@ -21,7 +21,7 @@ from ..models.answering import AnswerModel
 from .loop import TrainConfig, train
 from .stages import at_image_size
 
-# %% ../../nbs/58a_train.answering.ipynb #059481d0
+# %% ../../nbs/58a_train.answering.ipynb #053959ad
 class QuestionSet:
     "Questions, their images and their weighted answers, ready for the loop."
     def __init__(self,
@@ -167,7 +167,7 @@ class ImageGroups:
             start = max(0, start - steps)
         yield from self._batches(start)
 
-# %% ../../nbs/58a_train.answering.ipynb #219c45a1
+# %% ../../nbs/58a_train.answering.ipynb #212f2b82
 def train_answering(
     model:AlbefModel|AnswerModel, # pre-trained or fresh; an `AnswerModel` is trained in place
     tokenizer, # texts -> input_ids and attention_mask

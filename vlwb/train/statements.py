@@ -43,7 +43,7 @@ class Pictures(LoadedImages):
         if transform.train and transform.flip: raise ValueError('flip mirrors pictures, and statements say left and right: leave it off')
         super().__init__(statements, transform, seed)
 
-# %% ../../nbs/58b_train.statements.ipynb #1283ba59
+# %% ../../nbs/58b_train.statements.ipynb #12c974c7
 class StatementSet:
     "Statements as batches for `TwoImageModel`; a set as `train.loop` takes it."
     def __init__(self,
@@ -130,7 +130,7 @@ STATEMENT_PRESETS = {p.name: p for p in (
     StatementPreset('nlvr2', TrainConfig(lr=5e-5, vision_lr=5e-6, weight_decay=0.05, checkpoint_every=1000), 256, 15., whole_sentences=False, image_size=384, augment='randaugment'), # METHODS 1.4: arXiv 2305.04474, appendix
     StatementPreset('nlvr2-tiny', TrainConfig(steps=5500, lr=8e-4, checkpoint_every=1000), 64, train_vision=False))}
 
-# %% ../../nbs/58b_train.statements.ipynb #18990036
+# %% ../../nbs/58b_train.statements.ipynb #18c24308
 @torch.inference_mode()
 def encode_pictures(
     model:TwoImageModel, # its image encoder is asked
