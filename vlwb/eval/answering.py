@@ -15,7 +15,6 @@ from functools import lru_cache
 from pathlib import Path
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 from ..core import DataError, cache_folder, config_hash, write_atomic
 from ..data.inputs import TensorImages

@@ -20,7 +20,7 @@ from ..core import Batch, DataError, make_generator, pick_device, seed_everythin
 from ..data.inputs import epoch_order
 from .loop import TrainConfig, _forward, _precision
 from .masking import SpecialTokens
-from .matching import MatchingConfig, MatchingObjective
+from .matching import MatchingConfig
 from .objectives import LossConfig
 from .pretraining import PretrainConfig, PretrainObjective
 from .recipe import AuxModel
