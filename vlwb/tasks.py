@@ -344,7 +344,7 @@ def train_task(
     model = dict(vqa=_train_vqa, nlvr2=_train_nlvr2, sita=_train_sita)[task](begun, data, config, out, identity, progress)
     if task != 'sita': model.save_pretrained(out/'model')                          # a SITA has written itself
     run = load_task(out, device)
-    data = see(task, parts, worlds, begun._replace(inputs=run.inputs))
+    if begun.backbone is None: data = see(task, parts, worlds, begun._replace(inputs=run.inputs))   # pictures at the size that the model has now
     role = _judged_split(task, {r: p for r, p in parts.items() if r != 'train'})
     figures = {} if role is None else dict(split=role) | _judge(run, data, role, progress)
     write_atomic(out/'results.json', json.dumps(figures, indent=2))
@@ -490,8 +490,7 @@ def _nlvr2_stages(begun, data, config, device, loading):
         encode_pictures(model, TensorImages(images.images_at(some)))
         once, take = (time.perf_counter() - began)*len(images)/len(some), lambda n: _as_states(model, learned.batch(order[:n]))
     pictures = len(np.unique(np.concatenate([known.image[learned.items[i]].ravel() for i in order])))/len(order)
-    run = replace(config.train, steps=max(1, round(config.epochs*len(known)/config.batch_size))) if config.epochs else config.train
-    yield dict(name='statements', model=model.train(), objective=StatementObjective(), take=take, config=run, batch_size=items, there=len(order),
+    yield dict(name='statements', model=model.train(), objective=StatementObjective(), take=take, config=config.run(len(known)), batch_size=items, there=len(order),
                loading=pictures*loading if config.train_vision else 0., once=once, problems=_filled('statements', items, len(learned), 'sentences'))
 
 def _as_states(model, batch):
@@ -537,8 +536,7 @@ def _writing_stages(tokenizer, s, some, picked, told, device, once, others):
         short = ShortSet(writer, some, s.extra, limits(model)[0], model.pad, s.short.seed)
         yield shared | dict(name='short documents', take=lambda n: short.batch(np.arange(n)), config=s.short, batch_size=min(s.short_batch, told))
     learned = SummarySet(writer, some, picked, *limits(model), model.pad)
-    config = replace(s.train, steps=max(1, round(s.epochs*told/s.batch_size))) if s.epochs else s.train
-    yield shared | dict(name='summaries', take=lambda n: learned.batch(np.arange(n)), config=config, batch_size=min(s.batch_size, told), once=once, notes=notes)
+    yield shared | dict(name='summaries', take=lambda n: learned.batch(np.arange(n)), config=s.run(told), batch_size=min(s.batch_size, told), once=once, notes=notes)
 
 # %% ../nbs/84b_tasks.ipynb #2282cbf0
 class TaskRehearsal(NamedTuple):

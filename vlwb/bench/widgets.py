@@ -407,10 +407,10 @@ def bench_browser(
         timed = lambda target, **more: [t['frame'] for t in page.time_change('.bench-control .noUi-handle', target, times=rounds + 2, pause=.7, **more)[2:]]
         if name.startswith('document'):
             sizes = page.ask('bench._documents_words(documents)') + ' in the kernel, JupyterLab'
-            moved = timed('.bench-last')
+            words = timed('.bench-last')
             chosen = [t['frame'] for t in page.time_change('.vlwb-document select', '.vlwb-document .vlwb-cards', 'ArrowDown', rounds + 2, until='e.querySelector("img")', pause=.7)[2:]]
             opened = time_openings(page, max(rounds - 2, 1), 'DocumentView(documents)')['first']
-            return [ms_row(f'{name}, from the key to the frame', moved, goal, sizes), ms_row('document view, document, to the first photo', chosen, goal, sizes), ms_row('document view, opening, to the matrix', opened, plan.get(n, ('', ''))[1], sizes)]
+            return [ms_row(f'{name}, from the key to the frame', words, goal, sizes), ms_row('document view, document, to the first photo', chosen, goal, sizes), ms_row('document view, opening, to the matrix', opened, plan.get(n, ('', ''))[1], sizes)]
         if not name.startswith('regulation'): return [ms_row(f'{name}, from the key to the frame, N = {n}', timed('.bench-last'), goal, sizes)]
         return [ms_row(f'{name}, to the changed matrix, N = {n}', timed('.vlwb-matrix canvas', attribute='data-revision'), goal, sizes), ms_row(f'{name}, to the last read-out, N = {n}', timed('.bench-last'), '', sizes)]
     def run():

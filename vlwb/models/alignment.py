@@ -121,6 +121,7 @@ class AlignmentModel(nn.Module):
         always:Tensor|None=None, # (B,K) sentence that the second pass scores in any case, -1 none: in training the target
         rows:Tensor|None=None, # (B,K) bool, pictures that get a second pass: in training those with a target; all when None
     )->AlignmentScores: # both passes
+        "Every picture against every sentence of its document, then the best of them again."
         image_at, sentence_at = texts['image_at'], texts['sentence_at']
         there, told = image_at >= 0, sentence_at >= 0
         words = {k: texts[k] for k in ('input_ids', 'attention_mask')}

@@ -120,6 +120,11 @@ class StatementPreset:
         if self.augment not in ('none', 'crop', 'randaugment'): raise ValueError(f"augment must be 'none', 'crop' or 'randaugment', got {self.augment!r}")
         if self.batch_size < 1 or self.epochs < 0: raise ValueError(f'batch_size must be positive and epochs not negative, got {self.batch_size} and {self.epochs}')
 
+    def run(self,
+        statements:int, # learned from
+    )->TrainConfig: # with the steps that it takes
+        return replace(self.train, steps=max(1, round(self.epochs*statements/self.batch_size))) if self.epochs else self.train
+
     def transform(self,
         image_size:int, # of the model, where the preset names none
         train:bool=False, # with the preset's augmentation
@@ -168,7 +173,7 @@ def train_statements(
     model.albef.vision.requires_grad_(preset.train_vision)
     data = StatementSet(known, tokenizer, images, preset.whole_sentences, not preset.train_vision, blank)
     items = min(len(data), max(1, round(preset.batch_size * len(data) / len(known))))
-    config = preset.train if not preset.epochs else replace(preset.train, steps=max(1, round(preset.epochs * len(known) / preset.batch_size)))
+    config = preset.run(len(known))
     identity = dict(task='statements', preset=asdict(preset), blank=blank, data=config_hash(known.text, known.label.tolist(), known.image.tolist())) | (identity or {})
     log = train(model, Batches(data, items, config.seed), StatementObjective(), config, folder, evaluate, 'statements', progress, identity=identity)
     if folder is not None: model.save_pretrained(Path(folder)/'model')

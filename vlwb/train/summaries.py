@@ -215,6 +215,7 @@ class ShortSet:
         index, # (B,) positions
         epoch:int=0, # other sentences each epoch
     )->Batch: # as a SummarySet gives it, without captions
+        "Those documents, cut short."
         index = np.asarray(index, dtype=np.int64)
         short, end = [self.short(i, epoch) for i in index.tolist()], next(iter(self.rows.values()))[-1]
         read, labels = (padded([self._row(part[k], end) for part in short], self.pad) for k in (0, 2))
@@ -245,6 +246,11 @@ class SummaryPreset:
         seed:int, # of weights and batches
     )->'SummaryPreset': # the same preset under another seed
         return replace(self, train=replace(self.train, seed=seed), short=self.short and replace(self.short, seed=seed))
+
+    def run(self,
+        documents:int, # with a summary
+    )->TrainConfig: # with the steps that it takes
+        return replace(self.train, steps=max(1, round(self.epochs*documents/self.batch_size))) if self.epochs else self.train
 
 SUMMARY_PRESETS = {p.name: p for p in (
     SummaryPreset('sita', start='facebook/bart-base', train=TrainConfig(lr=3e-5, weight_decay=0.01, warmup=500, clip_norm=0.1, checkpoint_every=1000), epochs=5, smoothing=0.1, extract_weight=0., max_tokens=128, no_repeat=3),
@@ -304,7 +310,7 @@ def train_summaries(
     if fresh and preset.start is None and preset.short is not None: logs['short'] = train_short(model, tokenizer, documents, preset, place('short'), progress, about)
     keep = np.flatnonzero([bool(s) for s in documents.summary])
     data = SummarySet(tokenizer, documents[keep], None if picked is None else [picked[i] for i in keep], *limits(model), model.pad)
-    config = preset.train if not preset.epochs else replace(preset.train, steps=max(1, round(preset.epochs*len(data)/preset.batch_size)))
+    config = preset.run(len(data))
     logs['summaries'] = train(model, Batches(data, min(preset.batch_size, len(data)), config.seed), objective, config, place('summaries'), evaluate, 'summaries', progress, identity=about)
     return model.eval(), logs
 
